@@ -1,0 +1,386 @@
+"""What a layer of one memory and a mixture of many have in common: the pipeline from tokens to the output.
+
+    x -> slots sorted by (memory, sequence) -> projections -> short conv along each segment -> gates -> the rule's scan
+      -> weighted sum of a token's slots -> gated norm -> output projection
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.layers.gate_parameters import GateParameters
+from linear_moe.layers.norms import GatedRMSNorm
+from linear_moe.layers.projections import autocast_dtype, grouped_linear, xavier_init_
+from linear_moe.layers.routing import SlotPlan, sort_slots
+from linear_moe.layers.sequences import Sequences, describe_sequences
+from linear_moe.layers.short_conv import activate, short_conv
+from linear_moe.layers.slots import gather_tokens, scatter_slots
+from linear_moe.layers.state import MemoryState
+from linear_moe.rules.base import Projection, RuleDims, UpdateRule, upcast
+from linear_moe.rules.registry import get_rule
+from linear_moe.rules.scan import IMPLS, scan
+
+CONV_SCOPES = ("memory", "sequence")
+PROJECTION_SCOPES = ("memory", "shared")
+
+
+class Assignment(NamedTuple):
+    """Which memories the S tokens of a call use, and how much of each read they take."""
+
+    memory: Tensor
+    """`[S, F]` int64 the memories of each token."""
+    weights: Tensor | None
+    """`[S, F]` float32, or None for a weight of 1."""
+
+
+class RecurrentMixer(nn.Module, ABC):
+    """The common body. Subclasses say which memories a token uses, by `_assign`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rule: str | type[UpdateRule],
+        *,
+        num_states: int,
+        num_heads: int,
+        head_dim: int,
+        head_value_dim: int | None,
+        num_value_heads: int | None,
+        conv_width: int,
+        conv_scope: str,
+        norm_eps: float,
+        layer_index: int,
+        num_layers: int,
+        rule_options: Mapping[str, Any] | None,
+        impl: str,
+        memory_projections: str,
+        query_projection: str,
+        learned_initial_memory: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if conv_scope not in CONV_SCOPES:
+            raise ValueError(f"conv_scope must be one of {', '.join(CONV_SCOPES)}, got {conv_scope!r}")
+        for name, value in (("memory_projections", memory_projections), ("query_projection", query_projection)):
+            if value not in PROJECTION_SCOPES:
+                raise ValueError(f"{name} must be one of {', '.join(PROJECTION_SCOPES)}, got {value!r}")
+        if conv_width < 1:
+            raise ValueError(f"conv_width must be at least 1, got {conv_width}")
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+        self.hidden_size = hidden_size
+        self.num_states = num_states
+        self.conv_scope = conv_scope
+        self.conv_width = conv_width
+        self.impl = impl
+        self.layer_index = layer_index
+        dims = RuleDims(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_value_heads=num_heads if num_value_heads is None else num_value_heads,
+            head_dim=head_dim,
+            head_value_dim=head_dim if head_value_dim is None else head_value_dim,
+            layer_index=layer_index,
+            num_layers=num_layers,
+        )
+        self.rule = _build_rule(rule, dims, rule_options)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        declared = self.rule.projections()
+        by_memory = {
+            name: (memory_projections if spec.per_memory else query_projection) == "memory"
+            for name, spec in declared.items()
+        }
+        self.memory_projections = {name: spec for name, spec in declared.items() if by_memory[name]}
+        self.token_projections = {name: spec for name, spec in declared.items() if not by_memory[name]}
+        # One fused matrix for all projections of a kind: one matmul, and the rows of a name are a slice of it.
+        memory_rows = sum(_first_width(spec) for spec in self.memory_projections.values())
+        token_rows = sum(_first_width(spec) for spec in self.token_projections.values())
+        self.memory_weight = nn.Parameter(torch.empty(num_states, memory_rows, hidden_size, **factory))
+        self.token_weight = nn.Parameter(torch.empty(token_rows, hidden_size, **factory))
+        self.second_stage = nn.ParameterDict()
+        self.projection_bias = nn.ParameterDict()
+        for name, spec in declared.items():
+            stack = num_states if by_memory[name] else 1
+            if spec.rank is not None:
+                self.second_stage[name] = nn.Parameter(torch.empty(stack, spec.width, spec.rank, **factory))
+            if spec.bias:
+                self.projection_bias[name] = nn.Parameter(torch.empty(stack, spec.width, **factory))
+
+        self.convolved = [] if conv_scope == "sequence" else [name for name, spec in declared.items() if spec.conv]
+        self.activations = {name: spec.activation for name, spec in declared.items()}
+        channels = hidden_size if conv_scope == "sequence" else sum(declared[name].width for name in self.convolved)
+        biased = conv_scope == "memory" and any(declared[name].conv_bias for name in self.convolved)
+        self.conv_weight = nn.Parameter(torch.empty(channels, conv_width, **factory)) if channels else None
+        self.conv_bias = nn.Parameter(torch.empty(channels, **factory)) if biased else None
+
+        self.gate_parameters = GateParameters(self.rule.parameters(), num_states, **factory)
+        value_width = dims.num_value_heads * dims.head_value_dim
+        self.initial_memory = (
+            nn.Parameter(torch.empty(num_states, dims.num_value_heads, *self.rule.state_shape(), **factory))
+            if learned_initial_memory
+            else None
+        )
+        self.gate_proj = nn.Linear(hidden_size, value_width, bias=False, **factory)
+        self.norm = GatedRMSNorm(dims.head_value_dim, norm_eps, **factory)
+        self.out_proj = nn.Linear(value_width, hidden_size, bias=False, **factory)
+        self._reset_own_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as published (2502.13685's code): Xavier of gain 2^-2.5 for every memory's every matrix."""
+        self._reset_own_parameters()
+        self.gate_parameters.reset_parameters()
+        self.norm.reset_parameters()
+
+    @torch.no_grad()
+    def _reset_own_parameters(self) -> None:
+        for weight, specs in (
+            (self.memory_weight, self.memory_projections),
+            (self.token_weight, self.token_projections),
+        ):
+            for part in weight.split([_first_width(spec) for spec in specs.values()], -2):
+                xavier_init_(part)
+        for weight in (*self.second_stage.values(), self.gate_proj.weight, self.out_proj.weight):
+            xavier_init_(weight)
+        for bias in self.projection_bias.values():
+            nn.init.zeros_(bias)
+        # As a depthwise convolution is: uniform within 1 / sqrt(W).
+        for parameter in (self.conv_weight, self.conv_bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -(self.conv_width**-0.5), self.conv_width**-0.5)
+        if self.initial_memory is not None:
+            nn.init.zeros_(self.initial_memory)
+
+    @abstractmethod
+    def _assign(self, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
+        """The memories of each token `[S, D]`, and the auxiliary loss of that choice."""
+
+    @abstractmethod
+    def _attach(self, output: Tensor, loss: Tensor) -> Tensor:
+        """The output with the auxiliary loss handed in."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: MemoryState | None = None,
+    ) -> Tensor:
+        """Mix the tokens of each sequence, from the state if one is given.
+
+        Args:
+            x: `[B, T, D]`.
+            padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere, touch nothing and read 0.
+            cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
+            state: from `new_state`, for B sequences or N documents. Updated in place without gradients; with gradients
+                its tensors are replaced.
+
+        Returns:
+            `[B, T, D]` in the dtype of x.
+
+        Raises:
+            ValueError: naming the argument that does not fit.
+        """
+        sequences = describe_sequences(x, padding_mask, cu_seqlens)
+        self._check(x, sequences, state)
+        if sequences.num_sequences == 0:
+            return torch.zeros_like(x)
+        tokens = x.flatten(0, 1)
+        if padding_mask is not None:
+            tokens = torch.where(sequences.valid[:, None], tokens, 0)
+        conv_state = None if state is None else state.conv
+        if self.conv_scope == "sequence":
+            tokens, conv_state = self._convolve_input(tokens, sequences, conv_state)
+
+        assignment, loss = self._assign(tokens, sequences)
+        fan_out = assignment.memory.shape[1]
+        num_sequences = sequences.num_sequences
+        num_segments = self.num_states * num_sequences
+        groups = assignment.memory * num_sequences + sequences.index[:, None]
+        groups = torch.where(sequences.valid[:, None], groups, num_segments)
+        plan = sort_slots(groups.flatten(), num_segments)
+
+        raw, memory_of_slot = self._project(tokens, plan, num_sequences, fan_out)
+        if self.convolved:
+            raw, conv_state = self._convolve(raw, plan, conv_state)
+        raw = {name: activate(value, self.activations[name])[None] for name, value in raw.items()}
+        positions = sequences.position
+        if state is not None:
+            positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
+        parameters = self.gate_parameters.of_slots(memory_of_slot[None])
+        rule_tokens = self.rule.tokens(raw, parameters, positions[plan.order // fan_out][None])
+        result = scan(
+            rule_tokens,
+            form=self.rule.form,
+            step=self.rule.step,
+            scale=self.rule.scale,
+            state_shape=self.rule.state_shape(),
+            initial_state=self._initial_state(state, num_sequences),
+            cu_seqlens=plan.cu_seqlens,
+            max_length=sequences.max_length,
+            return_final_state=state is not None,
+            impl=self.impl,
+        )
+        reads = scatter_slots(self.rule.output(result.output, rule_tokens, parameters)[0], plan, fan_out)
+        output = self._combine(tokens, upcast(reads), assignment.weights)
+        if padding_mask is not None:
+            output = torch.where(sequences.valid[:, None], output, 0)
+        if state is not None:
+            assert result.final_state is not None
+            memory = result.final_state.unflatten(0, (self.num_states, num_sequences)).transpose(0, 1)
+            state.update(memory, conv_state, sequences.lengths)
+        output = output.to(x.dtype).unflatten(0, x.shape[:2])
+        return output if loss is None else self._attach(output, loss)
+
+    def _convolve_input(
+        self, tokens: Tensor, sequences: Sequences, conv_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x + SiLU(conv(x)) along each sequence: binds a token to those before it in the text, whatever its memory."""
+        assert self.conv_weight is not None
+        plan = sort_slots(sequences.index, sequences.num_sequences)
+        carried = None if conv_state is None else conv_state.flatten(0, 1)
+        mixed, carried = short_conv(
+            gather_tokens(tokens, plan, 1), self.conv_weight, self.conv_bias, plan.cu_seqlens, carried
+        )
+        return tokens + scatter_slots(F.silu(mixed), plan, 1).flatten(0, 1), carried[:, None]
+
+    def _project(
+        self, tokens: Tensor, plan: SlotPlan, num_sequences: int, fan_out: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Every projection of every slot `[R, width]` by name, and the memory of each slot `[R]`."""
+        cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
+        slots = torch.arange(plan.order.shape[0], device=tokens.device)
+        memory = torch.searchsorted(cu_memories[1:], slots, right=True).clamp_max(self.num_states - 1)
+        first: dict[str, Tensor] = {}
+        if self.memory_projections:
+            routed = gather_tokens(tokens, plan, fan_out)
+            widths = [_first_width(spec) for spec in self.memory_projections.values()]
+            parts = self._memory_linear(routed, self.memory_weight, cu_memories).split(widths, -1)
+            first |= dict(zip(self.memory_projections, parts, strict=True))
+        if self.token_projections:
+            widths = [_first_width(spec) for spec in self.token_projections.values()]
+            projected = gather_tokens(F.linear(tokens, self.token_weight), plan, fan_out)
+            first |= dict(zip(self.token_projections, projected.split(widths, -1), strict=True))
+        raw = {}
+        for name in (*self.memory_projections, *self.token_projections):
+            value = first[name]
+            own = name in self.memory_projections
+            if name in self.second_stage:
+                second = self.second_stage[name]
+                value = self._memory_linear(value, second, cu_memories) if own else F.linear(value, second[0])
+            if name in self.projection_bias:
+                bias = self.projection_bias[name]
+                value = value + (bias[memory] if own else bias[0]).to(value.dtype)
+            raw[name] = value
+        return raw, memory
+
+    def _memory_linear(self, x: Tensor, weight: Tensor, cu_memories: Tensor) -> Tensor:
+        return F.linear(x, weight[0]) if self.num_states == 1 else grouped_linear(x, weight, cu_memories)
+
+    def _convolve(
+        self, raw: dict[str, Tensor], plan: SlotPlan, conv_state: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The short convolution of the projections that ask for it, along each (memory, sequence) segment."""
+        assert self.conv_weight is not None
+        fused = torch.cat([raw[name] for name in self.convolved], -1)
+        carried = None if conv_state is None else conv_state.transpose(0, 1).flatten(0, 1)
+        mixed, carried = short_conv(fused, self.conv_weight, self.conv_bias, plan.cu_seqlens, carried)
+        parts = mixed.split([raw[name].shape[-1] for name in self.convolved], -1)
+        carried = carried.unflatten(0, (self.num_states, -1)).transpose(0, 1)
+        return raw | dict(zip(self.convolved, parts, strict=True)), carried
+
+    def _initial_state(self, state: MemoryState | None, num_sequences: int) -> Tensor | None:
+        """`[N, H, K, V]`, segment n = m * B + b."""
+        if state is not None:
+            return state.memory.transpose(0, 1).flatten(0, 1)
+        if self.initial_memory is not None:
+            return self.initial_memory[:, None].expand(-1, num_sequences, -1, -1, -1).flatten(0, 1)
+        return None
+
+    def _combine(self, tokens: Tensor, reads: Tensor, weights: Tensor | None) -> Tensor:
+        """Weighted sum of a token's reads `[S, F, H, V]`, gated norm, output projection: `[S, D]`."""
+        mixed = reads.sum(1) if weights is None else (weights.to(reads.dtype)[..., None, None] * reads).sum(1)
+        gate = self.gate_proj(tokens).unflatten(-1, mixed.shape[1:])
+        output: Tensor = self.out_proj(self.norm(mixed, gate).flatten(1))
+        return output
+
+    def new_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MemoryState:
+        """The state of `batch_size` sequences before their first token.
+
+        Args:
+            batch_size: B, or the number of packed documents.
+            dtype: of the convolution's inputs; the layer's unless given. The memory is float32 or float64.
+            device: the layer's unless given.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        weight = self.out_proj.weight
+        device, dtype = weight.device if device is None else device, dtype or weight.dtype
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dims = self.rule.dims
+        shape = (batch_size, self.num_states, dims.num_value_heads, *self.rule.state_shape())
+        memory = torch.zeros(shape, dtype=wide, device=device)
+        if self.initial_memory is not None:
+            learned = self.initial_memory.to(memory)
+            memory = memory + learned if torch.is_grad_enabled() else memory.copy_(learned.expand(shape))
+        conv = None
+        if self.conv_weight is not None:
+            rows = 1 if self.conv_scope == "sequence" else self.num_states
+            conv = torch.zeros(batch_size, rows, self.conv_width, self.conv_weight.shape[0], dtype=dtype, device=device)
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return MemoryState(memory, conv, seen, self._owner())
+
+    def _owner(self) -> str:
+        return f"{type(self).__name__} {self.layer_index} ({self.rule.name})"
+
+    def _check(self, x: Tensor, sequences: Sequences, state: MemoryState | None) -> None:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must have hidden_size = {self.hidden_size} channels, got shape {list(x.shape)}")
+        expected = self.out_proj.weight.dtype
+        if x.dtype != expected and autocast_dtype(x) == x.dtype:
+            raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
+        if state is None:
+            return
+        if not isinstance(state, MemoryState):
+            raise ValueError(f"state must be a MemoryState from new_state, got {type(state).__name__}")
+        if state.owner != self._owner():
+            raise ValueError(f"state belongs to {state.owner}, this is {self._owner()}")
+        dims = self.rule.dims
+        shape = (sequences.num_sequences, self.num_states, dims.num_value_heads, *self.rule.state_shape())
+        if tuple(state.memory.shape) != shape:
+            raise ValueError(
+                f"state.memory must be [B, memories, H, K, V] = {list(shape)} for this call, got {list(state.memory.shape)}"
+            )
+
+    def _parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def extra_repr(self) -> str:
+        dims = self.rule.dims
+        return (
+            f"rule={self.rule.name}, hidden_size={self.hidden_size}, heads={dims.num_heads}, "
+            f"K={dims.head_dim}, V={dims.head_value_dim}, parameters={self._parameter_count():,}"
+        )
+
+
+def _first_width(spec: Projection) -> int:
+    return spec.width if spec.rank is None else spec.rank
+
+
+def _build_rule(rule: str | type[UpdateRule], dims: RuleDims, options: Mapping[str, Any] | None) -> UpdateRule:
+    cls = get_rule(rule) if isinstance(rule, str) else rule
+    allowed: Iterable[str] = [name for name in cls.__dataclass_fields__ if name != "dims"]
+    for name in options or {}:
+        if name not in allowed:
+            raise ValueError(f"rule {cls.name!r} has no option {name!r}; it has: {', '.join(allowed) or 'none'}")
+    return cls(dims, **(options or {}))

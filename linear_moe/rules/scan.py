@@ -1,0 +1,179 @@
+"""From a rule's tokens to its output: contracts, dtypes and the choice of implementation, once for every rule."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from linear_moe.forms import Decay, Erase, Recurrence
+from linear_moe.rules.base import RuleOutput, Tokens, UpdateRule
+from linear_moe.rules.chunked import chunked
+from linear_moe.rules.recurrent import Step, recurrent
+from linear_moe.rules.segments import segments_of
+from linear_moe.rules.validate import check_cu_seqlens, check_scan_inputs, check_shape
+
+IMPLS = ("auto", "triton", "chunked", "recurrent")
+_told: set[str] = set()
+
+
+def implementations(form: Recurrence | None) -> tuple[str, ...]:
+    """The implementations a rule of this form has, best first."""
+    return ("recurrent",) if form is None else ("chunked", "recurrent")
+
+
+def scan(
+    tokens: Tokens,
+    *,
+    form: Recurrence | None,
+    step: Step,
+    scale: float,
+    state_shape: tuple[int, int] | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    return_final_state: bool = False,
+    impl: str = "auto",
+) -> RuleOutput:
+    """Run a recurrence over `tokens`.
+
+    Args:
+        tokens: `[B, T, H, *]`, B = 1 with `cu_seqlens`. q and k may have fewer heads than v (a divisor).
+        form: the declared form; None runs `step`.
+        step: the rule's recurrence for one token.
+        scale: factor on every read.
+        state_shape: rows and columns of a head's state, (K, V) unless given.
+        initial_state: `[N, H, K, V]`, zeros unless given.
+        cu_seqlens: `[N + 1]` borders of packed segments; tokens past the last border are in none and read 0.
+        max_length: a static bound on the tokens of a packed segment, to spare empty work on a GPU.
+        return_final_state: whether to return the final state.
+        impl: "auto", "triton", "chunked" or "recurrent". A named one is used or raises.
+
+    Returns:
+        The output in v's dtype, and the final state in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: if shapes disagree or `impl` can't run here.
+    """
+    batch, length, heads, value_dim = tokens.v.shape
+    if form is not None:
+        _check_form(form, tokens)
+    impl = choose_impl(form, impl, tokens.q.device)
+    dtype = torch.float64 if tokens.v.dtype == torch.float64 else torch.float32
+    segments = segments_of(batch, length, cu_seqlens, max_length, tokens.q.device)
+    shape = (segments.count, heads, *(state_shape or (tokens.k.shape[-1], value_dim)))
+    if initial_state is None:
+        state = torch.zeros(shape, dtype=dtype, device=tokens.v.device)
+    else:
+        check_shape("initial_state", initial_state, shape, "[N, H, K, V]")
+        state = initial_state.to(dtype)
+
+    # Explicit casts do not stop autocast from choosing 16-bit contractions.
+    with torch.autocast(tokens.q.device.type, enabled=False):
+        if segments.num_tokens == 0 or segments.max_length == 0 or segments.count == 0:
+            output = torch.zeros_like(tokens.v).flatten(0, 1)
+        else:
+            flat = _flatten(tokens, scale, dtype)
+            if impl == "chunked":
+                assert form is not None
+                output, state = chunked(form, flat, segments, state)
+            else:
+                output, state = recurrent(step, flat, segments, state)
+    output = output.to(tokens.v.dtype).unflatten(0, (batch, length))
+    return RuleOutput(output, state if return_final_state else None)
+
+
+def run_op(
+    rule: type[UpdateRule],
+    tokens: Tokens,
+    *,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_final_state: bool,
+    impl: str,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> RuleOutput:
+    """What every rule's op does: check the user's tensors, then `scan` by the rule's form and step.
+
+    `names` are what the op calls q, k and v. The rule's `step` must be a static method.
+    """
+    check_scan_inputs(tokens.q, tokens.k, tokens.v, tokens.log_decay, tokens.beta, names)
+    if cu_seqlens is not None:
+        if tokens.q.shape[0] != 1:
+            raise ValueError(f"packed input (cu_seqlens) must have B = 1, got B = {tokens.q.shape[0]}")
+        check_cu_seqlens(cu_seqlens, tokens.q.shape[1])
+    return scan(
+        tokens,
+        form=rule.form,
+        step=rule.step,  # type: ignore[arg-type]
+        scale=tokens.q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        return_final_state=return_final_state,
+        impl=impl,
+    )
+
+
+def choose_impl(form: Recurrence | None, impl: str, device: torch.device) -> str:
+    """The implementation that `impl` names or, for "auto", the best there is for the form and device.
+
+    Raises:
+        ValueError: if a named one is unknown or can't run.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    able = implementations(form)
+    if impl == "auto":
+        if device.type != "cpu":
+            _say_once(f"no Triton kernel for the form ({form or 'undeclared'}) yet: running impl={able[0]!r}")
+        return able[0]
+    if impl not in able:
+        reason = "the rule declares no form" if form is None else f"there is no kernel for the form ({form})"
+        raise ValueError(f"impl={impl!r} can't run here: {reason}; available: {', '.join(('auto', *able))}")
+    return impl
+
+
+def _say_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _check_form(form: Recurrence, tokens: Tokens) -> None:
+    """The gates a form declares are there, with their shapes, and no others."""
+    batch, length, heads = tokens.v.shape[:3]
+    key_dim = tokens.k.shape[-1]
+    expected = {
+        Decay.NONE: None,
+        Decay.HEAD: ((heads,), "[H]"),
+        Decay.SCALAR: ((batch, length, heads), "[B, T, H]"),
+        Decay.VECTOR: ((batch, length, heads, key_dim), "[B, T, H, K]"),
+    }[form.decay]
+    if (tokens.log_decay is None) != (expected is None):
+        verb = "needs a" if expected else "takes no"
+        raise ValueError(f"the form ({form}) {verb} log_decay, got {'none' if expected else 'one'}")
+    if tokens.log_decay is not None and expected is not None:
+        check_shape("log_decay", tokens.log_decay, *expected)
+    if (tokens.beta is None) != (form.erase is Erase.NONE):
+        verb = "takes no" if form.erase is Erase.NONE else "needs a"
+        raise ValueError(f"the form ({form}) {verb} beta, got {'one' if tokens.beta is not None else 'none'}")
+
+
+def _flatten(tokens: Tokens, scale: float, dtype: torch.dtype) -> Tokens:
+    """B and T in one, everything in `dtype`, q scaled, key heads repeated to the value heads, decays `[S, H, 1 or K]`."""
+    batch, length, heads = tokens.v.shape[:3]
+    q, k, v = (x.to(dtype).flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
+    shared_by = heads // q.shape[1]
+    if shared_by > 1:
+        q, k = q.repeat_interleave(shared_by, 1), k.repeat_interleave(shared_by, 1)
+    decay = tokens.log_decay
+    if decay is not None:
+        decay = decay.to(dtype)
+        if decay.dim() == 1:
+            decay = decay.expand(batch, length, heads)
+        decay = (decay[..., None] if decay.dim() == 3 else decay).flatten(0, 1)
+    beta = None if tokens.beta is None else tokens.beta.to(dtype).flatten(0, 1)
+    extras = {name: x.to(dtype).flatten(0, 1) for name, x in tokens.extras.items()}
+    return Tokens(q * scale, k, v, decay, beta, extras)

@@ -1,0 +1,90 @@
+"""Checks of what a user passes to an op or a layer. Every failure is a ValueError that names the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise unless `tensor` has the shape `expected`, described to the user as `meaning`."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must be {meaning} = {list(expected)}, got shape {list(tensor.shape)}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is of a supported floating dtype."""
+    if tensor.dtype not in _FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        raise ValueError(f"{name} must be of dtype {allowed}, got {tensor.dtype}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
+    """Check the borders of packed sequences; their values only on a CPU, where looking costs no synchronisation."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape [N + 1] with N >= 1, "
+            f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        return
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
+    falls = cu_seqlens.diff() < 0
+    if bool(falls.any()):
+        at = int(falls.nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens must not fall, got cu_seqlens[{at}] = {int(cu_seqlens[at])} "
+            f"before cu_seqlens[{at + 1}] = {int(cu_seqlens[at + 1])}"
+        )
+    if int(cu_seqlens[-1]) != length:
+        raise ValueError(f"cu_seqlens must end at T = {length}, got {int(cu_seqlens[-1])}")
+
+
+def check_scan_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> None:
+    """Check the transformed tensors of an op against each other. Shapes and dtypes only: nothing waits for a device.
+
+    `log_decay` above 0 is refused where looking is free, on a CPU.
+    """
+    q_name, k_name, v_name = names
+    for name, tensor in ((q_name, q), (k_name, k), (v_name, v)):
+        check_float(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, heads, dim], got shape {list(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of {q_name}, {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of {q_name}, {q.device}, got {tensor.device}")
+    batch, length, key_heads, key_dim = q.shape
+    check_shape(k_name, k, (batch, length, key_heads, key_dim), f"shaped like {q_name}, [B, T, H, K]")
+    heads = v.shape[2]
+    if tuple(v.shape[:2]) != (batch, length):
+        raise ValueError(f"{v_name} must be [B, T, H, V] with B, T = {batch}, {length}, got shape {list(v.shape)}")
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(
+            f"{v_name} must have a multiple of {q_name}'s {key_heads} heads, got {heads} (value heads share key heads evenly)"
+        )
+    if key_dim < 1 or v.shape[3] < 1:
+        raise ValueError(f"{q_name} and {v_name} need at least one channel a head, got K = {key_dim}, V = {v.shape[3]}")
+    if log_decay is not None:
+        check_float("log_decay", log_decay)
+        if log_decay.device != q.device:
+            raise ValueError(f"log_decay must be on the device of {q_name}, {q.device}, got {log_decay.device}")
+        if log_decay.device.type == "cpu" and log_decay.numel() and bool((log_decay > 0).any()):
+            raise ValueError(
+                f"log_decay must be at most 0 (it is the natural log of a decay in (0, 1]), got {float(log_decay.max()):.4g}"
+            )
+    if beta is not None:
+        check_float("beta", beta)
+        check_shape("beta", beta, (batch, length, heads), "[B, T, H]")
+        if beta.device != q.device:
+            raise ValueError(f"beta must be on the device of {q_name}, {q.device}, got {beta.device}")
