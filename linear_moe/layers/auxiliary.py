@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linear_moe.layers.precision import KeepsFloat32
+
 AUXILIARY_MODES = ("attach", "collect")
 
 
@@ -30,7 +32,7 @@ class _Attach(torch.autograd.Function):
         return gradients[0], scale.to(ctx.loss_dtype), None
 
 
-class AuxiliaryLoss(nn.Module):
+class AuxiliaryLoss(KeepsFloat32):
     """Where a layer hands in its auxiliary loss.
 
     Args:
@@ -48,7 +50,7 @@ class AuxiliaryLoss(nn.Module):
             raise ValueError(f"auxiliary must be one of {', '.join(AUXILIARY_MODES)}, got {mode!r}")
         self.mode = mode
         self.collected: Tensor | None = None
-        # A tensor, so that a captured graph sees it change; float32 whatever the module is cast to.
+        # A tensor, so that a captured graph sees it change.
         self.register_buffer("scale", torch.ones(()), persistent=False)
 
     def forward(self, output: Tensor, loss: Tensor) -> Tensor:

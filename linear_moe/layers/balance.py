@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from linear_moe.layers.precision import KeepsFloat32
 
 
 def load_fractions(indices: Tensor, num_choices: int, valid: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def z_loss(logits: Tensor, valid: Tensor) -> Tensor:
     return squared.sum() / valid.sum().clamp_min(1)
 
 
-class BalanceBias(nn.Module):
+class BalanceBias(KeepsFloat32):
     """A bias on the scores, for selection only, that rises for choices with too little load (2408.15664, algorithm 1).
 
     The loads of every training forward are summed; `update_balance_bias`, called once an optimiser step, moves each bias

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from linear_moe.layers.precision import HALF_DTYPES, KeepsFloat32
 from linear_moe.rules.base import Parameter
 
-_HALVES = (torch.float16, torch.bfloat16)
 
-
-class GateParameters(nn.Module):
+class GateParameters(KeepsFloat32):
     """A rule's own parameters, one for all memories or stacked `[M + shared, ...]`.
 
-    Those declared `fp32` stay float32 when the module is cast to a 16-bit dtype: a decay of 0.999 has no bfloat16.
+    Those declared `fp32` stay float32 when the module is cast to a 16-bit dtype.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class GateParameters(nn.Module):
         self.num_memories = num_memories
         for name, spec in self.declared.items():
             shape = (num_memories, *spec.shape) if spec.per_memory else spec.shape
-            wide = spec.fp32 and (dtype or torch.get_default_dtype()) in _HALVES
+            wide = spec.fp32 and (dtype or torch.get_default_dtype()) in HALF_DTYPES
             parameter = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32 if wide else dtype))
             # Read by the optimiser's grouping.
             parameter.no_weight_decay = not spec.weight_decay  # type: ignore[attr-defined]
@@ -56,16 +55,8 @@ class GateParameters(nn.Module):
             for name, spec in self.declared.items()
         }
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateParameters:
-        kept = {id(self._parameters[name]) for name, spec in self.declared.items() if spec.fp32}
-        kept |= {id(p.grad) for p in self._parameters.values() if p is not None and id(p) in kept and p.grad is not None}
-
-        def apply(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            narrowed = id(tensor) in kept and result.dtype in _HALVES and tensor.dtype not in _HALVES
-            return tensor.to(result.device) if narrowed else result
-
-        return super()._apply(apply, recurse)
+    def _stays_wide(self, name: str) -> bool:
+        return self.declared[name].fp32
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(self.get_parameter(name).shape)}" for name in self.declared)

@@ -14,6 +14,7 @@ from linear_moe.layers.routing import Router, Routing
 from linear_moe.layers.sequences import Sequences
 from linear_moe.rules.base import UpdateRule
 
+
 class MoMLayer(RecurrentMixer):
     """A mixture of memories as a sequence mixer: `[B, T, D]` to `[B, T, D]`.
 
@@ -157,8 +158,10 @@ class MoMLayer(RecurrentMixer):
         """Parameters of the memories that a token does not use: `num_memories - top_k` memories' own."""
         stacked = [self.memory_weight, *(self.second_stage[n] for n in self.second_stage)]
         stacked += [self.projection_bias[n] for n in self.projection_bias]
-        stacked += [p for n, p in self.gate_parameters.named_parameters() if self.gate_parameters.declared[n].per_memory]
-        own = sum(p[0].numel() for p in stacked if p.shape[0] == self.num_states)
+        stacked += [
+            p for n, p in self.gate_parameters.named_parameters() if self.gate_parameters.declared[n].per_memory
+        ]
+        own: int = sum(p[0].numel() for p in stacked if p.shape[0] == self.num_states)
         return own * (self.num_memories - self.top_k)
 
     def extra_repr(self) -> str:

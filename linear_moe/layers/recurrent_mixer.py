@@ -1,7 +1,7 @@
 """What a layer of one memory and a mixture of many have in common: the pipeline from tokens to the output.
 
-    x -> slots sorted by (memory, sequence) -> projections -> short conv along each segment -> gates -> the rule's scan
-      -> weighted sum of a token's slots -> gated norm -> output projection
+x -> slots sorted by (memory, sequence) -> projections -> short conv along each segment -> gates -> the rule's scan
+  -> weighted sum of a token's slots -> gated norm -> output projection
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from linear_moe.layers.gate_parameters import GateParameters
 from linear_moe.layers.norms import GatedRMSNorm
-from linear_moe.layers.projections import autocast_dtype, grouped_linear, xavier_init_
+from linear_moe.layers.projections import grouped_linear, xavier_init_
 from linear_moe.layers.routing import SlotPlan, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
@@ -240,10 +240,8 @@ class RecurrentMixer(nn.Module, ABC):
         output = output.to(x.dtype).unflatten(0, x.shape[:2])
         return output if loss is None else self._attach(output, loss)
 
-    def _convolve_input(
-        self, tokens: Tensor, sequences: Sequences, conv_state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x + SiLU(conv(x)) along each sequence: binds a token to those before it in the text, whatever its memory."""
+    def _convolve_input(self, tokens: Tensor, sequences: Sequences, conv_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """X + SiLU(conv(x)) along each sequence: binds a token to those before it in the text, whatever its memory."""
         assert self.conv_weight is not None
         plan = sort_slots(sequences.index, sequences.num_sequences)
         carried = None if conv_state is None else conv_state.flatten(0, 1)
@@ -347,7 +345,7 @@ class RecurrentMixer(nn.Module, ABC):
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must have hidden_size = {self.hidden_size} channels, got shape {list(x.shape)}")
         expected = self.out_proj.weight.dtype
-        if x.dtype != expected and autocast_dtype(x) == x.dtype:
+        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
         if state is None:
             return

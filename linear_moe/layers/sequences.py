@@ -28,9 +28,7 @@ class Sequences:
     """`[num_sequences]` int64: real tokens of each sequence."""
 
 
-def describe_sequences(
-    x: Tensor, padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Sequences:
+def describe_sequences(x: Tensor, padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Sequences:
     """Describe the sequences of `x` `[B, T, D]`.
 
     Args:
@@ -45,7 +43,9 @@ def describe_sequences(
         raise ValueError(f"x must be [B, T, D], got shape {tuple(x.shape)}")
     batch, length = x.shape[:2]
     if padding_mask is not None and cu_seqlens is not None:
-        raise ValueError("padding_mask and cu_seqlens were both given; pass one: a batch is padded or packed, never both")
+        raise ValueError(
+            "padding_mask and cu_seqlens were both given; pass one: a batch is padded or packed, never both"
+        )
     if cu_seqlens is not None:
         return _packed(x, batch, length, cu_seqlens)
     if padding_mask is not None:
@@ -91,7 +91,8 @@ def _packed(x: Tensor, batch: int, length: int, cu_seqlens: Tensor) -> Sequences
         num_sequences=borders.numel() - 1,
         max_length=length,
         index=index,
-        valid=torch.ones(length, dtype=torch.bool, device=x.device),
+        # Borders on a GPU are not looked at: what they leave out is treated as padding.
+        valid=tokens < borders[-1],
         position=tokens - borders[index],
         lengths=borders.diff(),
     )

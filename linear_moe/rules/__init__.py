@@ -1,6 +1,6 @@
 """Rules: the mathematics of each recurrence, its gates, and the choice of how it is run."""
 
-from linear_moe.rules.base import Parameter, Projection, RuleDims, RuleOutput, Tokens, UpdateRule, option
+from linear_moe.rules.base import Parameter, Projection, RuleDims, RuleOutput, Tokens, UpdateRule, option, upcast
 from linear_moe.rules.deltanet import DeltaNet
 from linear_moe.rules.gated_deltanet import GatedDeltaNet
 from linear_moe.rules.gla import GLA
@@ -26,4 +26,5 @@ __all__ = [
     "option",
     "register_rule",
     "rule_names",
+    "upcast",
 ]

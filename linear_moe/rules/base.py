@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -114,7 +115,8 @@ class UpdateRule(ABC):
     """A linear recurrence, declared. Subclasses are frozen dataclasses whose further fields are the rule's options.
 
     A subclass states `step` and, if its recurrence is a point of `Recurrence`, the `form`: from that come the chunked
-    implementation and the kernels. A rule without a form runs everywhere by its `step`, slower.
+    implementation and the kernels. A rule without a form runs everywhere by its `step`, slower. Options are checked in the
+    subclass's `__post_init__`.
     """
 
     dims: RuleDims
@@ -125,13 +127,10 @@ class UpdateRule(ABC):
     rotary: ClassVar[bool] = False
     """Whether `tokens` needs the positions of the text."""
 
-    def __post_init__(self) -> None:
-        """Check the options; a subclass that has some extends this."""
-
     @property
     def scale(self) -> float:
         """The factor on every read: K^-0.5."""
-        return float(self.dims.head_dim) ** -0.5
+        return math.sqrt(1 / self.dims.head_dim)
 
     def state_shape(self) -> tuple[int, int]:
         """Rows and columns of one head's state, (K, V) unless a rule keeps more in it."""

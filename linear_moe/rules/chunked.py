@@ -8,95 +8,134 @@ Inside a chunk that starts from state S_0, with G_t the sum of the log decays up
     u_t = v_t                                                                 without erase
     u_t = beta_t (v_t - (k_t * e^G_t)^T S_0 - sum_{j < t} <k_t, k_j>_{t,j} u_j)   with the delta erase
 
-No exponent is ever positive, so a decay of 1e-6 a token is as right as one of 1.
+Where looking at the decays is free, on a CPU, and e^-G stays in range, <q, k> is one product of q * e^G and k * e^-G.
+Everywhere else no exponent is ever positive, so a decay of 1e-6 a token is as right as one of 1.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from linear_moe.forms import Erase, Recurrence
 from linear_moe.rules.base import Tokens
-from linear_moe.rules.segments import ChunkLayout, Segments, chunk_layout
+from linear_moe.rules.segments import Chunks, Segments, cut
 
 LONGEST_CHUNK = 64
 SHORTEST_CHUNK = 16
 
+NUMBERS_A_PART = 2**17
+"""Numbers of v that are worked on at a time where nothing is kept for a backward pass. At K = V = 64 in float32, 512 KB a
+tensor: half of that spends as much on calls as it saves, four times that leaves the caches (2x slower)."""
 
-def chunked(form: Recurrence, tokens: Tokens, segments: Segments, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+SAFE_EXPONENT = 60.0
+"""e^60 = 1e26 leaves float32 a factor of 1e12 for the values themselves, forward and backward."""
+
+
+def chunked(
+    form: Recurrence, tokens: Tokens, segments: Segments, initial_state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Run a declared recurrence chunk by chunk.
 
     Args:
         form: the declared form.
-        tokens: flattened tokens `[S, H, *]` in the state's dtype, q scaled, key heads repeated to the value heads;
-            `log_decay` `[S, H, 1]` or `[S, H, K]` or None, `beta` `[S, H]` or None.
+        tokens: flattened tokens `[S, H, *]` in the state's dtype, key heads repeated to the value heads; `log_decay`
+            `[S, H, 1]` or `[S, H, K]` or None, `beta` `[S, H]` or None.
         segments: how the tokens fall into segments.
         initial_state: `[N, H, K, V]`.
+        scale: factor on every read.
 
     Returns:
         The reads `[S, H, V]` and the final state `[N, H, K, V]`.
     """
-    layout = chunk_layout(segments, _chunk_length(segments))
-    q, k, v = (_heads_first(layout.split(x)) for x in (tokens.q, tokens.k, tokens.v))
-    if tokens.log_decay is None:
-        q_in, k_in, k_out, carry = q, k, k, None
-        decays = None
-    else:
-        decays = _heads_first(layout.split(tokens.log_decay)).cumsum(-2)
-        last = decays[..., -1:, :]
-        from_start = decays.exp()
-        q_in, k_in = q * from_start, k * from_start
-        k_out = k * (last - decays).exp()
-        carry = last.exp().mT
-    reads = decayed_products(q, k, decays)
+    chunks = cut(segments, _chunk_length(form, tokens, segments), tokens.v.shape[1])
+    limit = None if torch.is_grad_enabled() else NUMBERS_A_PART // tokens.v[0].numel()
+    state, outputs = initial_state.flatten(0, 1), []
+    for part in chunks.parts(limit):
+        output, state = _run_part(form, tokens, chunks, part, state, scale)
+        outputs.append(output)
+    return chunks.merge(outputs), state.view_as(initial_state)
 
-    if form.erase is Erase.DELTA:
-        assert tokens.beta is not None
-        beta = _heads_first(layout.split(tokens.beta[..., None]))
+
+def _run_part(
+    form: Recurrence, tokens: Tokens, chunks: Chunks, part: slice, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The equations above for a run of steps: the reads `[NC * H, C, V]` and the state after them `[N * H, K, V]`."""
+    q, k, v = (chunks.split(x, part) for x in (tokens.q, tokens.k, tokens.v))
+    decays = None if tokens.log_decay is None else chunks.split(tokens.log_decay, part).cumsum(-2)
+    erases = form.erase is Erase.DELTA
+    inside = _inside(q, k, decays, erases)
+    if erases:
+        assert tokens.beta is not None and inside.overlaps is not None
+        beta = chunks.split(tokens.beta[..., None], part)
         # u = (I + L)^-1 beta (v - k_in S_0), L the strictly lower triangle of beta <k, k>. The inverse and two products are
-        # measured at half the time of solving for both terms: their 2 K columns are wider than C.
-        inverse = _unit_lower_inverse(beta * decayed_products(k, k, decays)) * beta.mT
-        starts, written, final_state = _walk_erasing(layout, k_out, inverse @ k_in, inverse @ v, carry, initial_state)
+        # measured at half the time of solving for both terms: their K + V columns are wider than C.
+        inverse = _unit_lower_inverse(beta * inside.overlaps) * beta.mT
+        erased, fresh = torch.bmm(inverse, inside.k_in), torch.bmm(inverse, v)
+        starts, written, state = _walk_erasing(chunks, inside, erased, fresh, state)
     else:
         written = v
-        starts, final_state = _walk_adding(layout, k_out.mT @ v, carry, initial_state)
-    output = torch.baddbmm((q_in @ starts).flatten(0, 1), reads.flatten(0, 1), written.flatten(0, 1))
-    return layout.merge(output.unflatten(0, v.shape[:2]).transpose(1, 2)), final_state
+        starts, state = _walk_adding(chunks, inside, v, state)
+    return torch.baddbmm(torch.bmm(inside.q_in, starts), inside.reads, written, beta=scale, alpha=scale), state
 
 
-def _unit_lower_inverse(lower: Tensor) -> Tensor:
-    """(I + L)^-1, L the strictly lower triangle of `lower` `[..., C, C]`."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+class _Inside(NamedTuple):
+    """What a chunk needs of q, k and the decays, `[NC * H, ...]`."""
+
+    q_in: Tensor
+    """`[C, K]` q_t * e^G_t: reads what the chunk starts from."""
+    k_in: Tensor
+    """`[C, K]` k_t * e^G_t: erases from what the chunk starts from."""
+    k_out: Tensor
+    """`[C, K]` k_j * e^(G_C - G_j): writes to what the chunk ends with."""
+    carry: Tensor | None
+    """`[K or 1, 1]` e^G_C: what is left of the state; None without decay."""
+    reads: Tensor
+    """`[C, C]` <q_t, k_j>, lower triangle."""
+    overlaps: Tensor | None
+    """`[C, C]` <k_t, k_j>, lower triangle; None without erase."""
 
 
-def decayed_products(rows: Tensor, columns: Tensor, decays: Tensor | None) -> Tensor:
-    """sum_c rows[t, c] columns[j, c] e^(G_tc - G_jc) for j <= t, else 0.
-
-    Args:
-        rows: `[..., C, K]`.
-        columns: `[..., C, K]`.
-        decays: G, `[..., C, 1]` (one decay for all channels), `[..., C, K]` (one a channel), or None (no decay).
-
-    Returns:
-        `[..., C, C]`.
-    """
+def _inside(q: Tensor, k: Tensor, decays: Tensor | None, erases: bool) -> _Inside:
     if decays is None:
-        return (rows @ columns.mT).tril_()
-    if decays.shape[-1] == 1 != rows.shape[-1]:
-        later = torch.ones(rows.shape[-2], rows.shape[-2], dtype=torch.bool, device=rows.device).triu(1)
-        # -inf before the exp: masking an overflowed exp afterwards would leave 0 * inf in its gradient
-        return (rows @ columns.mT) * (decays - decays.mT).masked_fill(later, -torch.inf).exp()
-    return _decayed_products_per_channel(rows, columns, decays)
+        reads = lower_products(q, k)
+        return _Inside(q, k, k, None, reads, lower_products(k, k) if erases else None)
+    from_start, last = decays.exp(), decays[:, -1:]
+    q_in, k_in, carry = q * from_start, k * from_start if erases else k, last.exp()
+    if decays.device.type == "cpu" and float(last.detach().amin()) > -SAFE_EXPONENT:
+        k_back = k * (-decays).exp()
+        reads = lower_products(q_in, k_back)
+        return _Inside(q_in, k_in, k_back * carry, carry.mT, reads, lower_products(k_in, k_back) if erases else None)
+    k_out = k * (last - decays).exp()
+    if decays.shape[-1] == 1:
+        pairs = pair_decays(decays)
+        reads, overlaps = torch.bmm(q, k.mT) * pairs, torch.bmm(k, k.mT) * pairs if erases else None
+    else:
+        reads, overlaps = decayed_products(q, k, decays), decayed_products(k, k, decays) if erases else None
+    return _Inside(q_in, k_in, k_out, carry.mT, reads, overlaps)
 
 
-def _decayed_products_per_channel(rows: Tensor, columns: Tensor, decays: Tensor) -> Tensor:
-    """The same with a decay a channel, by halving.
+def lower_products(rows: Tensor, columns: Tensor) -> Tensor:
+    """<rows_t, columns_j> for j <= t, else 0: `[n, C, K]` twice to `[n, C, C]`."""
+    return torch.bmm(rows, columns.mT).tril_()
+
+
+def pair_decays(decays: Tensor) -> Tensor:
+    """e^(G_t - G_j) for j <= t, else 0: `[n, C, 1]` to `[n, C, C]`."""
+    length = decays.shape[-2]
+    later = torch.full((length, length), -torch.inf, dtype=decays.dtype, device=decays.device).triu_(1)
+    # -inf before the exp: masking an overflowed exp afterwards would leave 0 * inf in its gradient
+    return (decays - decays.mT + later).exp()
+
+
+def decayed_products(rows: Tensor, columns: Tensor, decays: Tensor) -> Tensor:
+    """sum_c rows[t, c] columns[j, c] e^(G_tc - G_jc) for j <= t, else 0, by halving.
 
     The pair (t, j) is made at the one level at which t and j lie in the two halves of a block: both refer to the later
     half's first row r, so that e^(G_t - G_r) and e^(G_r - G_j) are both at most 1, and log2(C) exponentials a row do for
-    C pairs.
+    C pairs. `[n, C, K]` three times to `[n, C, C]`.
     """
     length = rows.shape[-2]
     products = (rows * columns).sum(-1)[..., None, None]
@@ -114,48 +153,48 @@ def _decayed_products_per_channel(rows: Tensor, columns: Tensor, decays: Tensor)
     return products.squeeze(-3)
 
 
-def _walk_adding(
-    layout: ChunkLayout, increments: Tensor, carry: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """States at the start of every chunk `[NC, H, K, V]` and after the last, without erase."""
+def _unit_lower_inverse(lower: Tensor) -> Tensor:
+    """(I + L)^-1, L the strictly lower triangle of `lower` `[n, C, C]`."""
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+
+
+def _walk_adding(chunks: Chunks, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States at the start of every chunk `[NC * H, K, V]` and after the last, without erase."""
     starts = []
-    carries = layout.by_step(carry) if carry is not None else None
-    for j, increment in enumerate(layout.by_step(increments)):
+    carries = None if inside.carry is None else chunks.by_step(inside.carry)
+    for step, added in enumerate(chunks.by_step(torch.bmm(inside.k_out.mT, v))):
         starts.append(state)
-        kept = state if carries is None else carries[j] * state
-        state = _where_exists(layout, j, kept + increment, state)
-    return layout.by_chunk(starts), state
+        new = added + state if carries is None else torch.addcmul(added, carries[step], state)
+        state = chunks.where_reached(step, new, state)
+    return chunks.by_chunk(starts), state
 
 
 def _walk_erasing(
-    layout: ChunkLayout, k_out: Tensor, erased: Tensor, written: Tensor, carry: Tensor | None, state: Tensor
+    chunks: Chunks, inside: _Inside, erased: Tensor, fresh: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with the delta erase, and what every chunk writes, which depends on the state it starts from."""
     starts, writes = [], []
-    carries = layout.by_step(carry) if carry is not None else None
-    steps = zip(*(layout.by_step(x) for x in (k_out.mT, erased, written)), strict=True)
-    for j, (k_step, erased_step, written_step) in enumerate(steps):
+    carries = None if inside.carry is None else chunks.by_step(inside.carry)
+    steps = zip(*(chunks.by_step(x) for x in (inside.k_out.mT, erased, fresh)), strict=True)
+    for step, (k_out, erased_step, fresh_step) in enumerate(steps):
         starts.append(state)
-        writes.append(written_step - erased_step @ state)
-        kept = state if carries is None else carries[j] * state
-        state = _where_exists(layout, j, kept + k_step @ writes[-1], state)
-    return layout.by_chunk(starts), layout.by_chunk(writes), state
+        writes.append(torch.baddbmm(fresh_step, erased_step, state, alpha=-1))
+        kept = state if carries is None else carries[step] * state
+        state = chunks.where_reached(step, torch.baddbmm(kept, k_out, writes[-1]), state)
+    return chunks.by_chunk(starts), chunks.by_chunk(writes), state
 
 
-def _where_exists(layout: ChunkLayout, step: int, new: Tensor, old: Tensor) -> Tensor:
-    """A segment without a chunk at this step keeps its state, bit for bit."""
-    if layout.exists is None:
-        return new
-    return torch.where(layout.exists[step, :, None, None, None], new, old)
+def _chunk_length(form: Recurrence, tokens: Tokens, segments: Segments) -> int:
+    """A power of two near the mean segment, no longer than the longest segment needs or than pays.
 
-
-def _heads_first(x: Tensor) -> Tensor:
-    """`[NC, C, H, *]` to `[NC, H, C, *]`, laid out so: each of the products that follow would copy a view again."""
-    return x.transpose(1, 2).contiguous()
-
-
-def _chunk_length(segments: Segments) -> int:
-    """A power of two near the mean segment, within the measured range, and no longer than the longest segment needs."""
+    On a CPU arithmetic is what costs: a token pays in proportion to C for its chunk and to K for the state, so C = K is
+    measured best without erase and K / 2 with it, which has three more products and an inverse in a chunk. On a GPU the
+    steps of the walk are what costs.
+    """
+    longest = LONGEST_CHUNK
+    if tokens.k.device.type == "cpu":
+        longest = min(longest, tokens.k.shape[-1] // (2 if form.erase is Erase.DELTA else 1))
     mean = -(-segments.num_tokens // max(segments.count, 1))
-    wanted = min(max(mean, SHORTEST_CHUNK), LONGEST_CHUNK, max(segments.max_length, 1))
+    wanted = min(max(min(mean, longest), SHORTEST_CHUNK), max(segments.max_length, 1))
     return 1 << (wanted - 1).bit_length()

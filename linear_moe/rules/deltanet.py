@@ -17,7 +17,7 @@ from linear_moe.rules.transforms import l2_norm
 
 
 def write_strength(raw: Tensor, allow_negative_eigenvalues: bool) -> Tensor:
-    """beta in (0, 1), or in (0, 2), where a write may turn the state's sign along its key (2411.12537)."""
+    """Beta in (0, 1), or in (0, 2), where a write may turn the state's sign along its key (2411.12537)."""
     return torch.sigmoid(upcast(raw)) * (2.0 if allow_negative_eigenvalues else 1.0)
 
 

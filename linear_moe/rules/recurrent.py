@@ -56,4 +56,4 @@ def recurrent(step: Step, tokens: Tokens, segments: Segments, initial_state: Ten
 
 def _token(fields: dict[str, Tensor], like: Tokens) -> Tokens:
     extras = {name: fields.pop(name) for name in like.extras}
-    return Tokens(**fields, extras=extras)  # type: ignore[arg-type]
+    return Tokens(**fields, extras=extras)

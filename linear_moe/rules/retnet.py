@@ -36,7 +36,9 @@ class RetNet(UpdateRule):
 
     def __post_init__(self) -> None:
         if self.dims.head_dim % 2:
-            raise ValueError(f"head_dim must be even for retnet (rotary turns pairs of channels), got {self.dims.head_dim}")
+            raise ValueError(
+                f"head_dim must be even for retnet (rotary turns pairs of channels), got {self.dims.head_dim}"
+            )
         if self.rope_base <= 1:
             raise ValueError(f"rope_base must be above 1, got {self.rope_base}")
 

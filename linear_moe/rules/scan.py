@@ -74,12 +74,12 @@ def scan(
         if segments.num_tokens == 0 or segments.max_length == 0 or segments.count == 0:
             output = torch.zeros_like(tokens.v).flatten(0, 1)
         else:
-            flat = _flatten(tokens, scale, dtype)
+            flat = _flatten(tokens, dtype)
             if impl == "chunked":
                 assert form is not None
-                output, state = chunked(form, flat, segments, state)
+                output, state = chunked(form, flat, segments, state, scale)
             else:
-                output, state = recurrent(step, flat, segments, state)
+                output, state = recurrent(step, flat._replace(q=flat.q * scale), segments, state)
     output = output.to(tokens.v.dtype).unflatten(0, (batch, length))
     return RuleOutput(output, state if return_final_state else None)
 
@@ -161,8 +161,8 @@ def _check_form(form: Recurrence, tokens: Tokens) -> None:
         raise ValueError(f"the form ({form}) {verb} beta, got {'one' if tokens.beta is not None else 'none'}")
 
 
-def _flatten(tokens: Tokens, scale: float, dtype: torch.dtype) -> Tokens:
-    """B and T in one, everything in `dtype`, q scaled, key heads repeated to the value heads, decays `[S, H, 1 or K]`."""
+def _flatten(tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """B and T in one, everything in `dtype`, key heads repeated to the value heads, decays `[S, H, 1 or K]`."""
     batch, length, heads = tokens.v.shape[:3]
     q, k, v = (x.to(dtype).flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
     shared_by = heads // q.shape[1]
@@ -176,4 +176,4 @@ def _flatten(tokens: Tokens, scale: float, dtype: torch.dtype) -> Tokens:
         decay = (decay[..., None] if decay.dim() == 3 else decay).flatten(0, 1)
     beta = None if tokens.beta is None else tokens.beta.to(dtype).flatten(0, 1)
     extras = {name: x.to(dtype).flatten(0, 1) for name, x in tokens.extras.items()}
-    return Tokens(q * scale, k, v, decay, beta, extras)
+    return Tokens(q, k, v, decay, beta, extras)

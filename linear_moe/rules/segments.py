@@ -64,64 +64,111 @@ def unpad_segments(x: Tensor, segments: Segments) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChunkLayout:
-    """How the tokens of each segment fall into chunks of `length` rows, segments laid end to end."""
+class DenseChunks:
+    """Chunks of dense input, ordered by step, then segment, then head: a step of the walk is a slice."""
 
     segments: Segments
     length: int
-    num_steps: int
-    """Chunks of the longest segment."""
-    source: Tensor | None = None
-    """`[NC, C]` the token of each row. None for dense input, as is the rest."""
-    valid: Tensor | None = None
-    """`[NC, C]` whether the row holds a token."""
-    target: Tensor | None = None
-    """`[S]` the row of each token."""
-    covered: Tensor | None = None
-    """`[S]` whether the token is in a segment."""
-    chunk: Tensor | None = None
-    """`[num_steps, N]` the chunk a segment is in at a step."""
-    exists: Tensor | None = None
-    """`[num_steps, N]` whether the segment reaches that step."""
-    step: Tensor | None = None
-    """`[NC]` index into `[num_steps * N]` of each chunk."""
+    """C"""
+    heads: int
 
-    def split(self, x: Tensor) -> Tensor:
-        """`[S, ...]` to `[NC, C, ...]`, rows without a token 0."""
-        if self.source is not None and self.valid is not None:
-            return _take(x, self.source, self.valid)
-        rows = x.unflatten(0, (self.segments.count, self.segments.max_length))
-        missing = self.num_steps * self.length - self.segments.max_length
+    @property
+    def num_steps(self) -> int:
+        """Chunks of a segment; the last may be padded with rows of 0."""
+        return -(-self.segments.max_length // self.length)
+
+    def parts(self, limit: int | None) -> list[slice]:
+        """Runs of steps with about `limit` tokens in each, or one run of all."""
+        stride = self.num_steps if limit is None else max(limit // (self.length * self.segments.count), 1)
+        return [slice(step, min(step + stride, self.num_steps)) for step in range(0, self.num_steps, stride)]
+
+    def split(self, x: Tensor, part: slice) -> Tensor:
+        """`[S, H, *]` to the matrices `[steps * N * H, C, *]` of a part of the steps."""
+        segments, length = self.segments, self.length
+        rows = x.unflatten(0, (segments.count, segments.max_length))
+        rows = rows[:, part.start * length : part.stop * length]
+        missing = (part.stop - part.start) * length - rows.shape[1]
         if missing:
-            rows = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, missing))
-        return rows.reshape(self.segments.count * self.num_steps, self.length, *x.shape[1:])
+            rows = F.pad(rows, (0, 0, 0, 0, 0, missing))
+        return rows.unflatten(1, (-1, length)).permute(1, 0, 3, 2, 4).reshape(-1, length, x.shape[-1])
 
-    def merge(self, x: Tensor) -> Tensor:
-        """`[NC, C, ...]` back to `[S, ...]`; 0 for tokens in no segment."""
-        if self.target is not None and self.covered is not None:
-            return _take(x.flatten(0, 1), self.target, self.covered)
-        rows = x.reshape(self.segments.count, self.num_steps * self.length, *x.shape[2:])
-        return rows[:, : self.segments.max_length].flatten(0, 1)
+    def merge(self, parts: list[Tensor]) -> Tensor:
+        """The matrices `[steps * N * H, C, V]` of every part back to `[S, H, V]`."""
+        by_part = (x.unflatten(0, (-1, self.segments.count, self.heads)).permute(1, 0, 3, 2, 4) for x in parts)
+        return torch.cat(list(by_part), 1).flatten(1, 2)[:, : self.segments.max_length].flatten(0, 1)
 
     def by_step(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`[NC, ...]` to one `[N, ...]` a step. One gather for all steps: its gradient is one scatter, not one a step."""
-        if self.chunk is None:
-            return x.unflatten(0, (self.segments.count, self.num_steps)).unbind(1)
-        return x.index_select(0, self.chunk.flatten()).unflatten(0, self.chunk.shape).unbind(0)
+        """One `[N * H, *, *]` a step."""
+        return x.unflatten(0, (-1, self.segments.count * self.heads)).unbind(0)
 
     def by_chunk(self, steps: list[Tensor]) -> Tensor:
-        """One `[N, ...]` a step back to `[NC, ...]`."""
-        if self.step is None:
-            return torch.stack(steps, 1).flatten(0, 1)
-        return torch.cat(steps).index_select(0, self.step)
+        """The reverse of `by_step`."""
+        return torch.cat(steps)
+
+    def where_reached(self, step: int, new: Tensor, old: Tensor) -> Tensor:
+        """The states after a step, `new`: every segment has every chunk."""
+        return new
 
 
-def chunk_layout(segments: Segments, chunk_length: int) -> ChunkLayout:
+@dataclass(frozen=True)
+class PackedChunks:
+    """Chunks of packed input, ordered by segment, then step, then head."""
+
+    length: int
+    """C"""
+    heads: int
+    source: Tensor
+    """`[NC, C]` the token of each row."""
+    valid: Tensor
+    """`[NC, C]` whether the row holds a token."""
+    target: Tensor
+    """`[S]` the row of each token."""
+    covered: Tensor
+    """`[S]` whether the token is in a segment."""
+    chunk: Tensor
+    """`[num_steps, N]` the chunk a segment is in at a step."""
+    exists: Tensor
+    """`[num_steps, N]` whether the segment reaches that step."""
+    step: Tensor
+    """`[NC]` index into `[num_steps * N]` of each chunk."""
+
+    def parts(self, limit: int | None) -> list[slice]:
+        """One: where a run of steps ends in each segment is in the data."""
+        return [slice(0, self.chunk.shape[0])]
+
+    def split(self, x: Tensor, part: slice) -> Tensor:
+        """`[S, H, *]` to `[NC * H, C, *]`, rows without a token 0."""
+        return _take(x, self.source, self.valid).transpose(1, 2).reshape(-1, self.length, x.shape[-1])
+
+    def merge(self, parts: list[Tensor]) -> Tensor:
+        """`[NC * H, C, V]` back to `[S, H, V]`; 0 for tokens in no segment."""
+        rows = parts[0].unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(0, 1)
+        return _take(rows, self.target, self.covered)
+
+    def by_step(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One `[N * H, *, *]` a step. One gather for all steps: its gradient is one scatter, not one a step."""
+        chunks = x.unflatten(0, (-1, self.heads)).index_select(0, self.chunk.flatten())
+        return chunks.reshape(*self.chunk.shape[:1], -1, *x.shape[1:]).unbind(0)
+
+    def by_chunk(self, steps: list[Tensor]) -> Tensor:
+        """The reverse of `by_step`."""
+        return torch.cat(steps).unflatten(0, (-1, self.heads)).index_select(0, self.step).flatten(0, 1)
+
+    def where_reached(self, step: int, new: Tensor, old: Tensor) -> Tensor:
+        """The states after a step: a segment without a chunk there keeps its state, bit for bit."""
+        exists = self.exists[step].repeat_interleave(self.heads)
+        return torch.where(exists[:, None, None], new, old)
+
+
+Chunks = DenseChunks | PackedChunks
+
+
+def cut(segments: Segments, chunk_length: int, heads: int) -> Chunks:
     """Cut `segments` into chunks of `chunk_length` rows."""
-    num_steps = -(-segments.max_length // chunk_length)
     if segments.dense:
-        return ChunkLayout(segments, chunk_length, num_steps)
+        return DenseChunks(segments, chunk_length, heads)
     device = segments.cu_seqlens.device
+    num_steps = -(-segments.max_length // chunk_length)
     per_segment = (segments.lengths + chunk_length - 1) // chunk_length
     first_chunk = F.pad(per_segment.cumsum(0), (1, 0))
     # At most one chunk of a segment is not full, which bounds their number without a look at the lengths.
@@ -132,18 +179,16 @@ def chunk_layout(segments: Segments, chunk_length: int) -> ChunkLayout:
     owner = torch.searchsorted(first_chunk[1:], chunks, right=True).clamp_max(segments.count - 1)
     step = chunks - first_chunk[owner]
     offset = step[:, None] * chunk_length + torch.arange(chunk_length, device=device)
-    valid = offset < segments.lengths[owner, None]
 
     segment, position, covered = _locate(segments)
     target = (first_chunk[segment] + position // chunk_length) * chunk_length + position % chunk_length
     steps = torch.arange(num_steps, device=device)[:, None]
     exists = steps < per_segment
-    return ChunkLayout(
-        segments=segments,
+    return PackedChunks(
         length=chunk_length,
-        num_steps=num_steps,
+        heads=heads,
         source=segments.cu_seqlens[owner, None] + offset,
-        valid=valid,
+        valid=offset < segments.lengths[owner, None],
         target=target,
         covered=covered,
         chunk=torch.where(exists, first_chunk[:-1] + steps, 0),

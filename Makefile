@@ -1,0 +1,35 @@
+# Each target makes the virtual environment it needs. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)  ## train on recall with one memory, a wide one and a mixture; then a small hybrid on real text
+	$(BIN)/linear-moe demo --output demo-output
+
+test: lint  ## every check and test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## style, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP)  ## the chunked form against the token loop, on this CPU
+	$(BIN)/python benchmarks/chunked_vs_recurrent.py
+
+# torch first and alone: asked for by another package, an installer may take a build of several GB that a CPU has no use for.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV)"
+	@$(PIP) install --quiet --constraint constraints.txt torch
+	@echo "installing linear_moe and its tools into $(VENV)"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:  ## remove everything that the targets made
+	rm -rf $(VENV) build dist demo-output .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,124 @@
+"""The chunked PyTorch form of every rule against the token loop, forward, on this machine's CPU.
+
+    python benchmarks/chunked_vs_recurrent.py
+
+Prints a table and writes it, with what it was measured on, to benchmarks/results/chunked_vs_recurrent.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from linear_moe import ops
+
+HERE = Path(__file__).resolve().parent
+Run = Callable[[str], ops.RuleOutput]
+
+
+def cases(tokens: int, heads: int = 4, width: int = 64) -> dict[str, Run]:
+    """Each rule's op on drawn inputs B 1, T `tokens`, H `heads`, K = V = `width`, as a function of `impl`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*last: int) -> torch.Tensor:
+        return torch.randn(1, tokens, heads, *last, generator=generator)
+
+    q, k, v = normal(width), F.normalize(normal(width), dim=-1), normal(width)
+    beta = torch.sigmoid(normal())
+    # As trained models start: a few per cent a token for scalar gates, GLA's sigmoid^(1/16) for channels.
+    scalar, vector = -0.05 * F.softplus(normal()), F.logsigmoid(normal(width)) / 16
+    dt, A, D = 0.01 + 0.09 * torch.sigmoid(normal()), -torch.linspace(1, 16, heads), torch.ones(heads)
+    return {
+        "linear_attention": lambda impl: ops.linear_attention(q, k, v, impl=impl),
+        "retnet": lambda impl: ops.retnet(q, k, v, impl=impl),
+        "gla": lambda impl: ops.gla(q, k, v, vector, impl=impl),
+        "mamba2": lambda impl: ops.mamba2(q, k, v, dt, A, D, impl=impl),
+        "deltanet": lambda impl: ops.deltanet(q, k, v, beta, impl=impl),
+        "gated_deltanet": lambda impl: ops.gated_deltanet(q, k, v, scalar, beta, impl=impl),
+    }
+
+
+def measure(run: Run, impl: str, repeats: int) -> float:
+    """Median milliseconds of a call, after one that is not counted."""
+    run(impl)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(impl)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def provenance() -> dict[str, str]:
+    """What a figure needs beside it to mean something."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tokens", type=int, default=2048, help="T, the length of the sequence")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="timed calls of the loop; the chunked form has five times as many"
+    )
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the CSV")
+    options = parser.parse_args()
+
+    about = provenance()
+    print(
+        f"B1 T{options.tokens} H4 K=V=64 float32 forward, medians;",
+        ", ".join(f"{name} {about[name]}" for name in about),
+    )
+    print(f"{'rule':<18}{'loop ms':>10}{'chunked ms':>12}{'speed-up':>10}")
+    rows = []
+    with torch.no_grad():
+        for rule, run in cases(options.tokens).items():
+            loop = measure(run, "recurrent", options.repeats)
+            chunked = measure(run, "chunked", 5 * options.repeats)
+            print(f"{rule:<18}{loop:>10.1f}{chunked:>12.2f}{loop / chunked:>9.1f}x", flush=True)
+            figures = {"loop_ms": f"{loop:.2f}", "chunked_ms": f"{chunked:.3f}", "speed_up": f"{loop / chunked:.1f}"}
+            rows.append({"rule": rule, "tokens": options.tokens, **figures, **about})
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "chunked_vs_recurrent.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"the least is {min(float(row['speed_up']) for row in rows):.1f}x; written to {path}")
+
+
+if __name__ == "__main__":
+    main()

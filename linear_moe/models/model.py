@@ -1,0 +1,223 @@
+"""The one model class: what a configuration declares, built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.layers.mom import MoMLayer
+from linear_moe.models.generation import generate
+from linear_moe.models.mixer_config import BuildContext
+from linear_moe.models.schema import BlockConfig, ModelConfig
+from linear_moe.models.state import LayerState, ModelState
+
+INIT_STD = 0.02
+"""Of embeddings and head."""
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: BlockConfig, context: BuildContext) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": context.device, "dtype": context.dtype}
+        self.mixer_norm = nn.RMSNorm(context.hidden_size, context.norm_eps, **factory)
+        self.mixer = config.mixer.build(context)
+        self.ffn = config.ffn.build(context)
+        self.ffn_norm = None if self.ffn is None else nn.RMSNorm(context.hidden_size, context.norm_eps, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: LayerState | None = None,
+    ) -> Tensor:
+        """`x` `[B, T, D]`; the rest as in `MoMLayer.forward`."""
+        x = x + self.mixer(self.mixer_norm(x), padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = x + self.ffn(self.ffn_norm(x), padding_mask=padding_mask)
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Embeddings, pre-norm blocks, norm and head, as a `ModelConfig` declares them.
+
+    Args:
+        config: what to build.
+        impl: "auto", "triton", "chunked" or "recurrent": how the memory layers run.
+        auxiliary: "attach" the auxiliary losses to the gradient, or "collect" them for the user to add: see
+            `linear_moe.layers.auxiliary`.
+        device: of the parameters; "meta" for their shapes alone.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if a part can't be built.
+    """
+
+    generate = generate
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        impl: str = "auto",
+        auxiliary: str = "attach",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._fingerprint = config.fingerprint()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        names = config.layer_names()
+        context = BuildContext(config.hidden_size, config.norm_eps, 0, len(names), impl, auxiliary, device, dtype)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.blocks = nn.ModuleList(
+            Block(config.blocks[name], context._replace(layer_index=index)) for index, name in enumerate(names)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **factory)
+        # A tied head is no module: one matrix under one name in checkpoints.
+        tied = config.tie_embeddings
+        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        for module in (self.embedding, self.head):
+            if module is not None:
+                nn.init.normal_(module.weight, std=INIT_STD)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+    ) -> Tensor:
+        """The logits of the token after each token.
+
+        Args:
+            tokens: `[B, T]` int64 or int32. What stands at a pad does not matter.
+            padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere.
+            cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
+            state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
+
+        Returns:
+            `[B, T, vocab_size]` in the dtype of the parameters (autocast's under autocast), 0 at pads.
+
+        Raises:
+            ValueError: naming the argument that does not fit.
+        """
+        hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+    ) -> Tensor:
+        """`forward` up to the final norm: `[B, T, D]`."""
+        self._check_tokens(tokens, padding_mask)
+        sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        if state is not None:
+            self._check_state(state, sequences)
+        if padding_mask is not None:
+            keep = padding_mask.to(tokens.device)
+            x = self.embedding(torch.where(keep, tokens, 0))
+            x = torch.where(keep[..., None], x, 0)
+        else:
+            x = self.embedding(tokens)
+        for index, block in enumerate(self.blocks):
+            layer_state = None if state is None else state.layers[index]
+            x = block(x, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=layer_state)
+        output: Tensor = self.norm(x)
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: `[..., D]` to `[..., vocab_size]`."""
+        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+
+    def new_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> ModelState:
+        """The state of `batch_size` sequences (or packed documents) before their first token.
+
+        Args:
+            batch_size: B.
+            dtype: of keys, values and convolution inputs; the layers' unless given. Memories are float32 or float64.
+            device: the layers' unless given.
+        """
+        states = [block.mixer.new_state(batch_size, dtype=dtype, device=device) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return ModelState(states, self._fingerprint)
+
+    def memory_layers(self) -> list[tuple[int, MoMLayer]]:
+        """The mixtures of memories, with the index of their layer."""
+        mixers = ((index, block.mixer) for index, block in enumerate(self.blocks))
+        return [(index, mixer) for index, mixer in mixers if isinstance(mixer, MoMLayer)]
+
+    def num_parameters(self) -> int:
+        """All parameters, embeddings included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """All but those of the memories and experts that a token does not use."""
+        return self.num_parameters() - inactive_parameters(self)
+
+    def _check_tokens(self, tokens: Tensor, padding_mask: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"tokens must be int32 or int64 of shape [B, T], got {tokens.dtype} of {list(tokens.shape)}"
+            )
+        if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != tokens.shape):
+            raise ValueError(
+                f"padding_mask must be bool of shape {list(tokens.shape)} (true on real tokens), "
+                f"got {padding_mask.dtype} of shape {list(padding_mask.shape)}"
+            )
+        # Only where a look costs no synchronisation.
+        if tokens.device.type == "cpu":
+            real = tokens if padding_mask is None else torch.where(padding_mask.cpu(), tokens, 0)
+            outside = (real < 0) | (real >= self.config.vocab_size)
+            if bool(outside.any()):
+                worst = int(real[outside][0])
+                raise ValueError(f"tokens must be in [0, vocab_size = {self.config.vocab_size}), got {worst}")
+
+    def _check_state(self, state: ModelState, batch_size: int) -> None:
+        """Before any layer is run: a state that is refused must not have been touched."""
+        if not isinstance(state, ModelState):
+            raise ValueError(f"state must be a ModelState from new_state, got {type(state).__name__}")
+        if state.fingerprint != self._fingerprint or len(state.layers) != len(self.blocks):
+            raise ValueError(
+                f"state belongs to a model of another configuration (fingerprint {state.fingerprint}, "
+                f"{len(state.layers)} layers), this one is {self._fingerprint} with {len(self.blocks)}"
+            )
+        if state.batch_size != batch_size:
+            raise ValueError(f"state is of {state.batch_size} sequences, this call has {batch_size}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"name={self.config.name}, layers={self.config.layers!r}, parameters={self.num_parameters():,}, "
+            f"active={self.num_active_parameters():,}"
+        )
+
+
+def inactive_parameters(module: nn.Module) -> int:
+    """Parameters in `module` of memories and experts that a token does not use."""
+    counts = (getattr(part, "inactive_parameters", None) for part in module.modules())
+    return sum(count() for count in counts if callable(count))
+
+
+def build_model(
+    config: ModelConfig,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    *,
+    auxiliary: str = "attach",
+) -> LanguageModel:
+    """The model that `config` declares; arguments as in `LanguageModel`."""
+    return LanguageModel(config, impl=impl, auxiliary=auxiliary, device=device, dtype=dtype)

@@ -1,0 +1,104 @@
+"""The carried state of a whole model: what its sequences are continued from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.layers.attention_state import AttentionState
+from linear_moe.layers.state import MemoryState
+
+LayerState = MemoryState | AttentionState
+STATE_FORMAT = 1
+
+
+@dataclass
+class ModelState:
+    """The states of B sequences in every layer of one model."""
+
+    layers: list[LayerState]
+    fingerprint: str
+    """Of the configuration of the model it belongs to."""
+
+    @property
+    def batch_size(self) -> int:
+        """B"""
+        return self.layers[0].batch_size
+
+    @property
+    def tokens_seen(self) -> Tensor:
+        """`[B]` int64: real tokens of each sequence so far."""
+        return self.layers[0].tokens_seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, `<layer>.<name>`."""
+        return {
+            f"{i}.{name}": tensor for i, layer in enumerate(self.layers) for name, tensor in layer.tensors().items()
+        }
+
+    def select(self, indices: Tensor) -> ModelState:
+        """A state whose sequence i is this one's `indices[i]` (beam search reorders and repeats)."""
+        return self._map(lambda layer: layer.select(indices))
+
+    def clone(self) -> ModelState:
+        """A copy that shares nothing."""
+        return self._map(lambda layer: layer.clone())
+
+    def detach(self) -> ModelState:
+        """The same numbers, cut from the graph that made them."""
+        return self._map(lambda layer: layer.detach())
+
+    def save(self, path: str | Path) -> None:
+        """Write to a file, aside first and then renamed: what stands at `path` is always whole."""
+        target = Path(path)
+        aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        layers = [
+            {"kind": type(layer).__name__, "owner": layer.owner, "tensors": layer.detach().tensors()}
+            for layer in self.layers
+        ]
+        content = {"format": STATE_FORMAT, "fingerprint": self.fingerprint, "layers": layers}
+        try:
+            torch.save(content, aside)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str | None = None) -> ModelState:
+        """Read what `save` wrote. Which model it fits is checked where it is used.
+
+        Raises:
+            ValueError: if the file holds no model state of this format.
+        """
+        wrong = f"{path} holds no model state of format {STATE_FORMAT}"
+        try:
+            content: Any = torch.load(Path(path), map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            # What torch raises for a file of another kind depends on that kind.
+            raise ValueError(f"{wrong}: {type(error).__name__}") from error
+        if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or "layers" not in content:
+            raise ValueError(wrong)
+        return cls([_read_layer(layer) for layer in content["layers"]], content["fingerprint"])
+
+    def _map(self, change: Callable[[LayerState], LayerState]) -> ModelState:
+        return ModelState([change(layer) for layer in self.layers], self.fingerprint)
+
+
+def _read_layer(content: dict[str, Any]) -> LayerState:
+    tensors = content["tensors"]
+    if content["kind"] == AttentionState.__name__:
+        return AttentionState(owner=content["owner"], **tensors)
+    return MemoryState(owner=content["owner"], **{"conv": None, **tensors})

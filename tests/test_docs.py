@@ -1,0 +1,76 @@
+"""Every snippet of the README and the docs runs as it stands: Python in one namespace a page, commands in one folder a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")], key=lambda page: page.name)
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return [body for name, body in _BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def _with(language: str) -> list[Path]:
+    return [page for page in PAGES if _blocks(page, language)]
+
+
+def _run(command: list[str], folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "COLUMNS": "200"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", _with("python"), ids=lambda page: page.name)
+def test_python_snippets_run(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / "snippets.py"
+    # A module, so that dataclasses and pickles in a snippet find where they live.
+    script.write_text("\n\n".join(_blocks(page, "python")), encoding="utf-8")
+    _run([sys.executable, str(script)], tmp_path)
+
+
+@pytest.mark.parametrize("page", _with("console"), ids=lambda page: page.name)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    for block in _blocks(page, "console"):
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "linear-moe", f"a console block holds commands of linear-moe only, got {line!r}"
+            _run([sys.executable, "-m", "linear_moe", *arguments], tmp_path)
+
+
+@pytest.mark.parametrize("page", _with("yaml"), ids=lambda page: page.name)
+def test_yaml_snippets_are_models(page: Path) -> None:
+    from linear_moe.models import ModelConfig
+
+    for block in _blocks(page, "yaml"):
+        assert ModelConfig.from_yaml(block).layer_names()
+
+
+@pytest.mark.parametrize("page", _with("sh"), ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for block in _blocks(page, "sh"):
+        for line in block.splitlines():
+            program, target = shlex.split(line, comments=True)[:2]
+            assert program == "make", f"a sh block holds make targets only, got {line!r}"
+            assert target in targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_custom_rule_is_short() -> None:
+    rule = next(block for block in _blocks(ROOT / "docs" / "custom_rules.md", "python") if "@register_rule" in block)
+    assert len(rule.strip().splitlines()) < 40
