@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -24,6 +25,8 @@ from linear_moe import ops
 
 HERE = Path(__file__).resolve().parent
 Run = Callable[[str], ops.RuleOutput]
+CHUNKED_CALLS = 4
+"""Chunked calls a round: they are short, so that more of them cost little and steady the median."""
 
 
 def cases(tokens: int, heads: int = 4, width: int = 64) -> dict[str, Run]:
@@ -48,15 +51,16 @@ def cases(tokens: int, heads: int = 4, width: int = 64) -> dict[str, Run]:
     }
 
 
-def measure(run: Run, impl: str, repeats: int) -> float:
-    """Median milliseconds of a call, after one that is not counted."""
-    run(impl)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run(impl)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def measure(run: Run, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of the loop and of the chunked form, called in turn: what disturbs one disturbs the other."""
+    times: dict[str, list[float]] = {"recurrent": [], "chunked": []}
+    for repeat in range(repeats + 1):
+        for impl in ("recurrent", *["chunked"] * CHUNKED_CALLS):
+            start = time.perf_counter()
+            run(impl)
+            if repeat > 0:  # the first round warms up
+                times[impl].append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times["recurrent"]), statistics.median(times["chunked"])
 
 
 def provenance() -> dict[str, str]:
@@ -64,6 +68,8 @@ def provenance() -> dict[str, str]:
     return {
         "cpu": _cpu_name(),
         "threads": str(torch.get_num_threads()),
+        # Anything but near 0 says that the machine had other work, and the figures are not to be trusted.
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
@@ -91,9 +97,7 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=2048, help="T, the length of the sequence")
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="timed calls of the loop; the chunked form has five times as many"
-    )
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds: one loop, several chunked calls each")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the CSV")
     options = parser.parse_args()
 
@@ -106,8 +110,7 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for rule, run in cases(options.tokens).items():
-            loop = measure(run, "recurrent", options.repeats)
-            chunked = measure(run, "chunked", 5 * options.repeats)
+            loop, chunked = measure(run, options.repeats)
             print(f"{rule:<18}{loop:>10.1f}{chunked:>12.2f}{loop / chunked:>9.1f}x", flush=True)
             figures = {"loop_ms": f"{loop:.2f}", "chunked_ms": f"{chunked:.3f}", "speed_up": f"{loop / chunked:.1f}"}
             rows.append({"rule": rule, "tokens": options.tokens, **figures, **about})

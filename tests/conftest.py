@@ -12,6 +12,10 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports triton: it decides then whether kernels are compiled or interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two test processes share two cores; more threads each only wait for one another.
 torch.set_num_threads(1)
 

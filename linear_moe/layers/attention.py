@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.attention_state import AttentionState
+from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.rules.segments import Segments, pad_segments, segments_of, unpad_segments
 from linear_moe.rules.transforms import rotary
@@ -98,7 +99,7 @@ class SoftmaxAttention(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 0.02)."""
         for projection in (self.qkv_proj, self.out_proj):
-            nn.init.normal_(projection.weight, std=0.02)
+            normal_init_(projection.weight)
 
     def forward(
         self,

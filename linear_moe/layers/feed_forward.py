@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.initialization import normal_init_
+
 WIDTH_MULTIPLE = 256
 """Widths from a ratio are rounded up to this, as in the published settings (LLaMA's code)."""
 DEFAULT_RATIO = 4.0
@@ -65,7 +67,7 @@ class SwiGLU(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 0.02)."""
         for projection in (self.in_proj, self.out_proj):
-            nn.init.normal_(projection.weight, std=0.02)
+            normal_init_(projection.weight)
 
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """`x` `[..., D]`. A token's output depends on it alone, so pads need no care and `padding_mask` is not read."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.feed_forward import SwiGLU, swiglu_width
+from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.projections import grouped_linear
 from linear_moe.layers.routing import Router, Routing, sort_slots
 from linear_moe.layers.slots import gather_tokens, scatter_slots
@@ -101,7 +102,7 @@ class MixtureOfExperts(nn.Module):
 
     def _reset_own_parameters(self) -> None:
         for weight in (self.router.weight, self.in_weight, self.out_weight):
-            nn.init.normal_(weight, std=0.02)
+            normal_init_(weight)
 
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Each real token of `x` through its experts.

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.models.generation import generate
 from linear_moe.models.mixer_config import BuildContext
 from linear_moe.models.schema import BlockConfig, ModelConfig
 from linear_moe.models.state import LayerState, ModelState
-
-INIT_STD = 0.02
-"""Of embeddings and head."""
 
 
 class Block(nn.Module):
@@ -76,7 +74,8 @@ class LanguageModel(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         names = config.layer_names()
         context = BuildContext(config.hidden_size, config.norm_eps, 0, len(names), impl, auxiliary, device, dtype)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        table = torch.empty(config.vocab_size, config.hidden_size, **factory)
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(
             Block(config.blocks[name], context._replace(layer_index=index)) for index, name in enumerate(names)
         )
@@ -86,7 +85,7 @@ class LanguageModel(nn.Module):
         self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         for module in (self.embedding, self.head):
             if module is not None:
-                nn.init.normal_(module.weight, std=INIT_STD)
+                normal_init_(module.weight)
 
     def forward(
         self,

@@ -135,11 +135,16 @@ def decayed_products(rows: Tensor, columns: Tensor, decays: Tensor) -> Tensor:
 
     The pair (t, j) is made at the one level at which t and j lie in the two halves of a block: both refer to the later
     half's first row r, so that e^(G_t - G_r) and e^(G_r - G_j) are both at most 1, and log2(C) exponentials a row do for
-    C pairs. `[n, C, K]` three times to `[n, C, C]`.
+    C pairs. Blocks that fade little are not halved further. `[n, C, K]` three times to `[n, C, C]`.
     """
     length = rows.shape[-2]
-    products = (rows * columns).sum(-1)[..., None, None]
-    width = 1
+    width = _safe_width(decays)
+    if width == 1:
+        products = (rows * columns).sum(-1)[..., None, None]
+    else:
+        row, column, decay = (x.unflatten(-2, (-1, width)) for x in (rows, columns, decays))
+        faded = decay - decay[..., :1, :]
+        products = ((row * faded.exp()) @ (column * (-faded).exp()).mT).tril()
     while width < length:
         halves = (length // (2 * width), 2, width)
         row, column, decay = (x.unflatten(-2, halves) for x in (rows, columns, decays))
@@ -151,6 +156,17 @@ def decayed_products(rows: Tensor, columns: Tensor, decays: Tensor) -> Tensor:
         products = torch.cat((torch.cat((first, torch.zeros_like(cross)), -1), torch.cat((cross, second), -1)), -2)
         width *= 2
     return products.squeeze(-3)
+
+
+def _safe_width(decays: Tensor) -> int:
+    """Rows of the largest blocks, a power of two, of which none fades by more than the safe exponent; 1 off the CPU."""
+    width = decays.shape[-2] if decays.device.type == "cpu" else 1
+    while width > 1:
+        blocks = decays.detach().unflatten(-2, (-1, width))
+        if float((blocks[..., 0, :] - blocks[..., -1, :]).amax()) < SAFE_EXPONENT:
+            break
+        width //= 2
+    return width
 
 
 def _unit_lower_inverse(lower: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 import warnings
 
 import torch
@@ -11,16 +14,19 @@ from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.rules.base import RuleOutput, Tokens, UpdateRule
 from linear_moe.rules.chunked import chunked
 from linear_moe.rules.recurrent import Step, recurrent
-from linear_moe.rules.segments import segments_of
+from linear_moe.rules.segments import Segments, segments_of
 from linear_moe.rules.validate import check_cu_seqlens, check_scan_inputs, check_shape
 
 IMPLS = ("auto", "triton", "chunked", "recurrent")
+LARGEST_KERNEL_DIM = 256
 _told: set[str] = set()
 
 
 def implementations(form: Recurrence | None) -> tuple[str, ...]:
     """The implementations a rule of this form has, best first."""
-    return ("recurrent",) if form is None else ("chunked", "recurrent")
+    if form is None:
+        return ("recurrent",)
+    return ("triton", "chunked", "recurrent") if _has_kernel(form) else ("chunked", "recurrent")
 
 
 def scan(
@@ -59,7 +65,7 @@ def scan(
     batch, length, heads, value_dim = tokens.v.shape
     if form is not None:
         _check_form(form, tokens)
-    impl = choose_impl(form, impl, tokens.q.device)
+    impl = choose_impl(form, impl, tokens)
     dtype = torch.float64 if tokens.v.dtype == torch.float64 else torch.float32
     segments = segments_of(batch, length, cu_seqlens, max_length, tokens.q.device)
     shape = (segments.count, heads, *(state_shape or (tokens.k.shape[-1], value_dim)))
@@ -73,6 +79,9 @@ def scan(
     with torch.autocast(tokens.q.device.type, enabled=False):
         if segments.num_tokens == 0 or segments.max_length == 0 or segments.count == 0:
             output = torch.zeros_like(tokens.v).flatten(0, 1)
+        elif impl == "triton":
+            assert form is not None
+            output, state = _run_kernel(form, tokens, segments, state, scale)
         else:
             flat = _flatten(tokens, dtype)
             if impl == "chunked":
@@ -116,8 +125,8 @@ def run_op(
     )
 
 
-def choose_impl(form: Recurrence | None, impl: str, device: torch.device) -> str:
-    """The implementation that `impl` names or, for "auto", the best there is for the form and device.
+def choose_impl(form: Recurrence | None, impl: str, tokens: Tokens) -> str:
+    """The implementation that `impl` names or, for "auto", the first that takes these tokens.
 
     Raises:
         ValueError: if a named one is unknown or can't run.
@@ -125,14 +134,73 @@ def choose_impl(form: Recurrence | None, impl: str, device: torch.device) -> str
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     able = implementations(form)
+    obstacle = _kernel_obstacle(form, tokens)
+    on_cpu = tokens.q.device.type == "cpu"
     if impl == "auto":
-        if device.type != "cpu":
-            _say_once(f"no Triton kernel for the form ({form or 'undeclared'}) yet: running impl={able[0]!r}")
-        return able[0]
-    if impl not in able:
-        reason = "the rule declares no form" if form is None else f"there is no kernel for the form ({form})"
-        raise ValueError(f"impl={impl!r} can't run here: {reason}; available: {', '.join(('auto', *able))}")
+        if obstacle is None and not on_cpu:
+            return "triton"
+        chosen = next(name for name in able if name != "triton")
+        if not on_cpu:
+            _say_once(f"no Triton kernel takes this: {obstacle}; running impl={chosen!r}")
+        return chosen
+    if impl == "triton" and obstacle is not None:
+        others = ", ".join(name for name in ("auto", *able) if name != "triton")
+        raise ValueError(f"impl='triton' can't run here: {obstacle}; available: {others}")
+    if impl not in able and impl != "triton":
+        raise ValueError(f"impl={impl!r} can't run here: the rule declares no form; available: {', '.join(('auto', *able))}")
     return impl
+
+
+def _has_kernel(form: Recurrence) -> bool:
+    return form.erase is Erase.NONE and form.decay in (Decay.NONE, Decay.HEAD, Decay.SCALAR)
+
+
+def _kernel_obstacle(form: Recurrence | None, tokens: Tokens) -> str | None:
+    """Why no kernel takes these tokens, or None."""
+    if form is None:
+        return "the rule declares no form"
+    if not _has_kernel(form):
+        return f"there is no kernel yet for the form ({form})"
+    if not _triton_installed():
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if tokens.q.device.type not in ("cuda", "cpu") or (tokens.q.device.type == "cpu" and not interpreted):
+        return f"triton does not run on {tokens.q.device.type} (on a CPU only with TRITON_INTERPRET=1)"
+    if tokens.v.dtype == torch.float64:
+        return "kernels take float32, bfloat16 and float16, not float64"
+    if max(tokens.k.shape[-1], tokens.v.shape[-1]) > LARGEST_KERNEL_DIM:
+        return f"kernels take K and V up to {LARGEST_KERNEL_DIM}, got {tokens.k.shape[-1]} and {tokens.v.shape[-1]}"
+    if form.decay is Decay.HEAD and tokens.log_decay is not None and tokens.log_decay.requires_grad:
+        # The sum of a scalar decay's gradients over all tokens: in 16 bits nothing is left of it but noise.
+        return "the kernel makes no gradient for a decay that is constant a head"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _run_kernel(
+    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    # Only here: the package works without triton.
+    from linear_moe.kernels.scalar_scan import scalar_scan
+
+    # q and k stay 16-bit beside a wider v (linear attention's normaliser): the kernel takes one dtype.
+    q, k, v = (x.to(tokens.v.dtype).flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
+    log_decay = tokens.log_decay
+    return scalar_scan(
+        q,
+        k,
+        v,
+        log_decay if log_decay is None or log_decay.dim() == 1 else log_decay.flatten(0, 1),
+        decay=form.decay,
+        scale=scale,
+        initial_state=state,
+        cu_seqlens=segments.cu_seqlens,
+        max_length=segments.max_length,
+    )
 
 
 def _say_once(message: str) -> None:

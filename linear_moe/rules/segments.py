@@ -36,7 +36,9 @@ class Segments:
         return self.cu_seqlens.diff()
 
 
-def segments_of(batch: int, length: int, cu_seqlens: Tensor | None, max_length: int | None, device: torch.device) -> Segments:
+def segments_of(
+    batch: int, length: int, cu_seqlens: Tensor | None, max_length: int | None, device: torch.device
+) -> Segments:
     """The segments of an input `[B, T, ...]`; `max_length` bounds a packed segment's tokens without a look at them."""
     if cu_seqlens is None:
         return Segments(torch.arange(batch + 1, device=device) * length, batch * length, length, dense=True)

@@ -79,7 +79,7 @@ def check_scan_inputs(
         check_float("log_decay", log_decay)
         if log_decay.device != q.device:
             raise ValueError(f"log_decay must be on the device of {q_name}, {q.device}, got {log_decay.device}")
-        if log_decay.device.type == "cpu" and log_decay.numel() and bool((log_decay > 0).any()):
+        if log_decay.device.type == "cpu" and log_decay.numel() and float(log_decay.detach().amax()) > 0:
             raise ValueError(
                 f"log_decay must be at most 0 (it is the natural log of a decay in (0, 1]), got {float(log_decay.max()):.4g}"
             )

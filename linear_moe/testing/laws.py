@@ -116,6 +116,18 @@ class LawBroken(AssertionError):
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """From which sizes the cases of a law are drawn: each a range, both ends included."""
+
+    tokens: tuple[int, int] = (0, 140)
+    """In all sequences together."""
+    num_heads: tuple[int, int] = (1, 3)
+    head_dim: tuple[int, int] = (1, 6)
+    """Of keys and of values."""
+    kinds: tuple[str, ...] = TOKEN_KINDS
+
+
+@dataclass(frozen=True)
 class Law:
     """A sentence that holds for every case, and the code that tries it on one."""
 
@@ -125,8 +137,7 @@ class Law:
     """Raises `Violation` if the law does not hold; any other error of the code under test breaks the law as well."""
     applies: Callable[[type[UpdateRule]], bool] = lambda rule: True
     """Whether the law speaks of this rule."""
-    max_tokens: int | None = None
-    """A law whose check is slow is tried on no more tokens than these."""
+    sizes: Sizes = Sizes()
 
     def __call__(self, case: Case) -> None:
         """Try the law on a case.
@@ -161,7 +172,7 @@ def require_close(name: str, got: Tensor, expected: Tensor, tolerance: float = E
     at = [int(i) for i in torch.unravel_index(torch.tensor(worst), difference.shape)]
     require(
         float(difference.max()) <= allowed,
-        f"{name}{at} is {float(got.flatten()[worst]):.6g}, expected {float(expected.flatten()[worst]):.6g} "
+        f"{name}{at} is {float(got.detach().flatten()[worst]):.6g}, expected {float(expected.detach().flatten()[worst]):.6g} "
         f"(apart by {float(difference.max()):.3g}, allowed {allowed:.3g})",
     )
 

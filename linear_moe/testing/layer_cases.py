@@ -62,6 +62,8 @@ def _stir(layer: Layer, case: Case) -> None:
             parameter.mul_(4)
         elif not name.startswith("gate_parameters"):
             parameter.add_(case.randn(*parameter.shape, stream=100 + stream), alpha=0.2)
+    if isinstance(layer, MoMLayer) and layer.router.bias is not None:
+        layer.router.bias.bias.copy_(0.1 * case.randn(layer.num_memories, stream=99))
 
 
 def dense_input(case: Case, stream: int = 0) -> Tensor:
@@ -112,7 +114,7 @@ def present(found: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-def require_definition(layer: Layer, x: Tensor, state: MemoryState | None = None, **sequences: Tensor) -> None:
+def require_definition(layer: Layer, x: Tensor, state: MemoryState | None = None, **sequences: Any) -> None:
     """Output, state and statistics are those of `mom_reference`."""
     expected = mom_reference(layer, x, state=state, **sequences)
     after = layer.new_state(expected.tokens.numel()) if state is None else state.clone()
@@ -130,12 +132,14 @@ def require_definition(layer: Layer, x: Tensor, state: MemoryState | None = None
 
 
 def require_gradients(layer: Layer, x: Tensor, **sequences: Any) -> dict[str, Tensor]:
-    """All gradients, with those of the auxiliary losses, are those of `mom_reference`. Returns them by name."""
+    """Output and all gradients, those of the auxiliary losses too, are those of `mom_reference`. Returns the gradients."""
     x = x.detach().requires_grad_()
     expected = mom_reference(layer, x, **sequences)
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()), dtype=x.dtype)
     wanted = gradients(layer, x, (expected.output * cotangent).sum() + expected.loss)
-    got = present(gradients(layer, x, (layer(x, **sequences) * cotangent).sum()))
+    output = layer(x, **sequences)
+    require_close("output", output, expected.output)
+    got = present(gradients(layer, x, (output * cotangent).sum()))
     for name, gradient in got.items():
         other = wanted[name]
         require_close(f"gradient of {name}", gradient, torch.zeros_like(gradient) if other is None else other)

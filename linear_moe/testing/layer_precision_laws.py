@@ -23,7 +23,10 @@ def _require_within_budget(layer: MoMLayer, x: Tensor, output: Tensor, what: str
         return
     exact = mom_reference(layer, x).output.detach()
     rounded = mom_reference(layer, x, dtype=torch.bfloat16).output.detach()
-    error, allowed = _rms(output.detach().double() - exact), _rms(rounded.double() - exact) + EPS * float(exact.abs().amax())
+    error, allowed = (
+        _rms(output.detach().double() - exact),
+        _rms(rounded.double() - exact) + EPS * float(exact.abs().amax()),
+    )
     require(error <= 2 * allowed, f"{what} is off by {error:.3g} (root mean square), allowed {2 * allowed:.3g}")
 
 

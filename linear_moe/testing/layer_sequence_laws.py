@@ -12,7 +12,15 @@ from torch import Tensor
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.layers.routing import Routing
 from linear_moe.layers.state import MemoryState
-from linear_moe.testing.laws import Case, Law, require, require_all_close, require_close, require_same_bits, require_zero
+from linear_moe.testing.laws import (
+    Case,
+    Law,
+    require,
+    require_all_close,
+    require_close,
+    require_same_bits,
+    require_zero,
+)
 from linear_moe.testing.layer_cases import (
     choices,
     dense_input,
@@ -121,13 +129,13 @@ def _ragged_splits(case: Case) -> None:
     require_close_states(state, whole_state)
 
 
-def _carried_gradients(case: Case) -> None:
+def _carried(case: Case) -> None:
     layer, x = mixture(case, balance_weight=0.0, z_loss_weight=0.0), dense_input(case).requires_grad_()
     batch, length = x.shape[:2]
     cotangent = case.randn(*x.shape, stream=1)
     whole_state = layer.new_state(batch)
     whole = gradients(layer, x, (layer(x, state=whole_state) * cotangent).sum() + whole_state.memory.sum())
-    cut = choices(case).randint(0, length)
+    cut = choices(case).randint(min(1, length), max(length - 1, min(1, length)))
     state = layer.new_state(batch)
     first = layer(x[:, :cut], state=state)
     held, kept = state.memory, state.memory.detach().clone()
@@ -184,7 +192,11 @@ SEQUENCE_LAWS: list[Law] = [
     Law("layer-packing", "packed documents are the documents alone, each from its own state", _packing),
     Law("layer-splits", "one pass is any split with a carried state, and token-by-token decoding", _splits),
     Law("layer-ragged-splits", "a padded batch may be split as well", _ragged_splits),
-    Law("layer-carried-gradients", "gradients flow through a carried state as through one pass, until it is detached", _carried_gradients),
+    Law(
+        "layer-carried-gradients",
+        "a carried state passes gradients on as one pass does, until it is detached",
+        _carried,
+    ),
     Law("layer-reordering", "selected sequences continue as they would alone, and leave the others be", _reordering),
     Law("layer-saving", "a saved state continues with the same bits", _saving),
 ]

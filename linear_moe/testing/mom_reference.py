@@ -11,6 +11,7 @@ own. Nothing else: no slots, no sort, no segments, no chunks, no grouped matmul.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,9 @@ class _Reference:
             finals.append(memories)
             inputs.append(history)
         rows = [
-            torch.stack([outputs.get((row, column), x.new_zeros(x.shape[2], dtype=self.dtype)) for column in range(x.shape[1])])
+            torch.stack(
+                [outputs.get((row, column), x.new_zeros(x.shape[2], dtype=self.dtype)) for column in range(x.shape[1])]
+            )
             for row in range(x.shape[0])
             if x.shape[1]
         ]
@@ -204,7 +207,9 @@ class _Reference:
         assert weight is not None
         history.append(x)
         del history[0]
-        total = sum((weight[:, w].to(self.wide) * past.to(self.wide) for w, past in enumerate(history)), torch.zeros_like(x))
+        total = sum(
+            (weight[:, w].to(self.wide) * past.to(self.wide) for w, past in enumerate(history)), torch.zeros_like(x)
+        )
         return (total if bias is None else total + bias.to(self.wide)).to(self.dtype)
 
     def _one_token(self, tokens: Tokens) -> Tokens:
@@ -277,7 +282,8 @@ def _places(x: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None) -
     """Where the real tokens of each sequence stand in `x`, in order."""
     if cu_seqlens is not None:
         borders = cu_seqlens.tolist()
-        return [[(0, t) for t in range(start, end)] for start, end in zip(borders, borders[1:], strict=False)]
+        return [[(0, t) for t in range(start, end)] for start, end in pairwise(borders)]
     return [
-        [(b, t) for t in range(x.shape[1]) if padding_mask is None or bool(padding_mask[b, t])] for b in range(x.shape[0])
+        [(b, t) for t in range(x.shape[1]) if padding_mask is None or bool(padding_mask[b, t])]
+        for b in range(x.shape[0])
     ]

@@ -105,9 +105,7 @@ class Inputs:
         """As a layer passes them: one for all tokens, or a row a token if it is per memory."""
         declared = self.rule.parameters()
         rows = rows or (1, sum(self.lengths))
-        return {
-            name: x.expand(*rows, *x.shape) if declared[name].per_memory else x for name, x in self.shared.items()
-        }
+        return {name: x.expand(*rows, *x.shape) if declared[name].per_memory else x for name, x in self.shared.items()}
 
 
 def _reshape(tokens: Tokens, rows: tuple[int, int]) -> Tokens:
@@ -153,12 +151,10 @@ def draw(case: Case, dtype: torch.dtype = torch.float64, *, as_tokens: bool = Fa
     tokens = inputs.tokens()
     if case.tokens != "rule":
         tokens = _redraw(case, tokens)
-    return from_tokens(inputs, tokens)
-
-
-def from_tokens(inputs: Inputs, tokens: Tokens) -> Inputs:
-    """The same sequences with `tokens` `[1, S, ...]` given, not made by the rule."""
     named = {name: x for name, x in tokens._asdict().items() if isinstance(x, Tensor)} | dict(tokens.extras)
+    if dtype == torch.float64:
+        # A gate that a rule makes in float32 whatever its input would bring its rounding into gradients.
+        named = {name: x.double() for name, x in named.items()}
     return replace(
         inputs,
         through_rule=False,
@@ -225,3 +221,8 @@ def differentiate(run: Run, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def impls(rule: UpdateRule) -> tuple[str, ...]:
     """The implementations this rule has on a CPU."""
     return tuple(impl for impl in implementations(rule.form) if impl != "triton")
+
+
+def has_form(rule: type[UpdateRule]) -> bool:
+    """Whether the rule declares a form, which a law of forms speaks of."""
+    return rule.form is not None

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.layers import mixture_of_experts
 from linear_moe.layers.auxiliary import collect_auxiliary_losses, set_auxiliary_scale
 from linear_moe.layers.mixture_of_experts import MixtureOfExperts
+from linear_moe.layers.projections import grouped_linear
 
 SHAPES: list[dict[str, Any]] = [
     {"num_experts": 4, "top_k": 2},
@@ -101,6 +103,20 @@ def test_pads_are_neither_routed_nor_counted() -> None:
     torch.testing.assert_close(layer.routing.balance_loss, routing.balance_loss)
     padded.sum().backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in layer.parameters())
+
+
+def test_pads_cost_no_expert_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(num_experts=4, top_k=2)
+    borders: list[Tensor] = []
+
+    def watched(x: Tensor, weight: Tensor, cu_groups: Tensor) -> Tensor:
+        borders.append(cu_groups)
+        return grouped_linear(x, weight, cu_groups)
+
+    monkeypatch.setattr(mixture_of_experts, "grouped_linear", watched)
+    mask = torch.tensor([[False, True, True], [False, False, True]])
+    layer(torch.randn(2, 3, 8, dtype=torch.float64), padding_mask=mask)
+    assert [int(cu_groups[-1]) for cu_groups in borders] == [3 * layer.top_k] * 2
 
 
 def test_the_balance_loss_is_attached_scaled_or_collected() -> None:

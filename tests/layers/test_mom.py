@@ -66,7 +66,9 @@ def test_every_matrix_of_every_memory_starts_with_the_xavier_bound_of_its_own_fa
                 assert matrix.abs().max().item() <= xavier_bound(64, gate)
             else:
                 assert_uniform(matrix, xavier_bound(64, matrix.shape[0]))
-    assert parts[2].abs().max().item() > xavier_bound(64, value), "a gate's fan is its own, not that of the fused matrix"
+    assert parts[2].abs().max().item() > xavier_bound(64, value), (
+        "a gate's fan is its own, not that of the fused matrix"
+    )
     assert_uniform(layer.token_weight.detach(), xavier_bound(64, 64))
     assert_uniform(layer.gate_proj.weight.detach(), xavier_bound(64, value))
     assert_uniform(layer.out_proj.weight.detach(), xavier_bound(value, 64))
@@ -226,11 +228,9 @@ def test_input_that_does_not_fit_is_refused(x: Tensor, message: str) -> None:
 
 def test_a_mask_and_borders_together_are_refused() -> None:
     with pytest.raises(ValueError, match="padding_mask and cu_seqlens were both given"):
-        small()(
-            torch.randn(1, 5, 8), padding_mask=torch.ones(1, 5, dtype=torch.bool), cu_seqlens=torch.tensor([0, 5])
-        )
+        small()(torch.randn(1, 5, 8), padding_mask=torch.ones(1, 5, dtype=torch.bool), cu_seqlens=torch.tensor([0, 5]))
 
 
 def test_an_impl_that_can_not_run_here_is_refused() -> None:
-    with pytest.raises(ValueError, match="impl='triton' can't run here: .*; available: auto, chunked, recurrent"):
+    with pytest.raises(ValueError, match=r"impl='triton' can't run here: .*; available: auto, chunked, recurrent"):
         small(impl="triton")(torch.randn(1, 3, 8))

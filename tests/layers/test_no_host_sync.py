@@ -20,7 +20,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"router_score": "sigmoid", "top_k": 1, "balance_bias_rate": 0.1, "learned_initial_memory": True},
     {"shared_memory": False, "z_loss_weight": 0.1},
 ]
-PARAMETERS = [pytest.param(rule, options, id=f"{rule}-{i}") for rule in rule_names() for i, options in enumerate(OPTIONS)]
+PARAMETERS = [
+    pytest.param(rule, options, id=f"{rule}-{i}") for rule in rule_names() for i, options in enumerate(OPTIONS)
+]
 SIZES = {"num_heads": 2, "head_dim": 16}
 D = 32
 
@@ -35,7 +37,9 @@ class OnTheDeviceOnly(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
-            assert not (isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.dim()), f"{func} touches the host"
+            assert not (isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.dim()), (
+                f"{func} touches the host"
+            )
         return result
 
 

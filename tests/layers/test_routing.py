@@ -27,7 +27,9 @@ def router_with_logits(top_k: int, num_choices: int, **options: object) -> Route
 
 
 @given(width=st.integers(1, 65), rows=st.integers(1, 9), dtype=st.sampled_from((torch.float32, torch.float64)))
-def test_ordered_sum_gives_the_same_bits_whatever_stands_beside_a_row(width: int, rows: int, dtype: torch.dtype) -> None:
+def test_ordered_sum_gives_the_same_bits_whatever_stands_beside_a_row(
+    width: int, rows: int, dtype: torch.dtype
+) -> None:
     x = torch.randn(rows, 3, width, dtype=dtype)
     together = ordered_sum(x)
     assert all(torch.equal(ordered_sum(x[i : i + 1])[0], together[i]) for i in range(rows))

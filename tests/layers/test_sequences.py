@@ -52,7 +52,12 @@ def test_without_either_every_row_is_a_sequence() -> None:
     "shape, mask, borders, message",
     [
         ((4, 3), None, None, r"x must be \[B, T, D\], got shape \(4, 3\)"),
-        ((1, 4, 3), torch.ones(1, 4, dtype=torch.bool), torch.tensor([0, 4]), "padding_mask and cu_seqlens were both given"),
+        (
+            (1, 4, 3),
+            torch.ones(1, 4, dtype=torch.bool),
+            torch.tensor([0, 4]),
+            "padding_mask and cu_seqlens were both given",
+        ),
         ((2, 4, 3), torch.ones(2, 4), None, r"padding_mask must be bool of shape \(2, 4\).*got torch.float32"),
         ((2, 4, 3), torch.ones(2, 5, dtype=torch.bool), None, r"padding_mask must be bool of shape \(2, 4\).*\(2, 5\)"),
         ((2, 4, 3), None, torch.tensor([0, 4]), r"packed input \(cu_seqlens\) must have B = 1, got B = 2"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ def definition(
     """Segment by segment, token by token."""
     width = weight.shape[1]
     outputs, states = [], []
-    for n, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(borders)):
         past = [x.new_zeros(x.shape[1])] * width if state is None else list(state[n])
         for t in range(start, end):
             past = [*past[1:], x[t]]

@@ -110,7 +110,9 @@ def test_a_state_without_a_conv_is_saved_too(tmp_path: Path) -> None:
     assert MemoryState.load(tmp_path / "state.pt").conv is None
 
 
-@pytest.mark.parametrize("content", [{"weights": torch.zeros(2)}, [1], {"format": STATE_FORMAT + 1}, {"format": STATE_FORMAT}])
+@pytest.mark.parametrize(
+    "content", [{"weights": torch.zeros(2)}, [1], {"format": STATE_FORMAT + 1}, {"format": STATE_FORMAT}]
+)
 def test_another_file_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=f"other.pt holds no memory state of format {STATE_FORMAT}"):
@@ -126,7 +128,10 @@ def test_a_state_has_at_least_one_sequence(batch_size: int) -> None:
 @pytest.mark.parametrize(
     "other, message",
     [
-        (MoMLayer(8, num_heads=2, head_dim=4, layer_index=1, num_layers=2), r"state belongs to MoMLayer 1 \(gated_deltanet\)"),
+        (
+            MoMLayer(8, num_heads=2, head_dim=4, layer_index=1, num_layers=2),
+            r"state belongs to MoMLayer 1 \(gated_deltanet\)",
+        ),
         (MoMLayer(8, "deltanet", num_heads=2, head_dim=4), r"state belongs to MoMLayer 0 \(deltanet\)"),
         (MemoryLayer(8, num_heads=2, head_dim=4), r"state belongs to MemoryLayer 0"),
         (MoMLayer(8, num_memories=5, num_heads=2, head_dim=4), r"state.memory must be \[B, memories, H, K, V\]"),
@@ -140,7 +145,9 @@ def test_the_state_of_another_layer_is_refused(other: MoMLayer | MemoryLayer, me
 
 def test_the_state_of_another_batch_is_refused() -> None:
     mixer = layer()
-    with pytest.raises(ValueError, match=r"state.memory must be .* = \[2, 4, 2, 4, 6\] for this call, got \[3, 4, 2, 4, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"state.memory must be .* = \[2, 4, 2, 4, 6\] for this call, got \[3, 4, 2, 4, 6\]"
+    ):
         mixer(torch.randn(2, 3, 8), state=mixer.new_state(3))
     with pytest.raises(ValueError, match=r"= \[3, 4, 2, 4, 6\] for this call, got \[1, 4, 2, 4, 6\]"):
         mixer(torch.randn(1, 9, 8), cu_seqlens=torch.tensor([0, 2, 5, 9]), state=mixer.new_state(1))

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from linear_moe.layers.auxiliary import collect_auxiliary_losses
+from linear_moe.layers.mixture_of_experts import MixtureOfExperts
+from linear_moe.layers.mom import MoMLayer
 from linear_moe.layers.routing import Router
 from linear_moe.models import LanguageModel, ModelConfig, ModelState, build_model
 
@@ -59,6 +61,22 @@ def test_a_padded_batch_equals_the_texts_alone(side: str) -> None:
     for row, part in enumerate(parts):
         torch.testing.assert_close(logits[row, mask[row]], model(part[None])[0], **EXACT)
     assert bool((logits[~mask] == 0).all())
+
+
+def test_pads_are_in_no_statistic() -> None:
+    model = make()
+    routers = [module for module in model.modules() if isinstance(module, (MoMLayer, MixtureOfExperts))]
+    tokens, mask = pad([torch.randint(11, (5,)), torch.randint(11, (0,))], "left")
+
+    def statistics() -> list[torch.Tensor]:
+        return [value for r in routers for value in (r.routing.load, r.routing.balance_loss)]  # type: ignore[union-attr]
+
+    model(tokens[:1, -5:])
+    alone = statistics()
+    model(tokens, padding_mask=mask)
+    assert len(alone) == 4
+    for value, expected in zip(statistics(), alone, strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 def test_packed_documents_equal_the_texts_alone_and_go_on() -> None:

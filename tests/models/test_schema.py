@@ -75,22 +75,22 @@ def test_a_rule_is_a_name_or_a_mapping(rule: str) -> None:
         ("{type: gla, gate_rank: 8}", "{gate_rank: 8}", "blocks.memory.mixer.rule.type (line 5): is required; allowed: "),
         ("{type: gla, gate_rank: 8}", "os.path:join", "unknown rule 'os.path:join'"),
         # what does not go together
-        ("num_heads: 2", "num_heads: 2, top_k: 5", "blocks.memory.mixer.top_k (line 5): must be at most num_memories = 4, got 5"),
+        ("num_heads: 2", "num_heads: 2, top_k: 5", "mixer.top_k (line 5): must be at most num_memories = 4, got 5"),
         ("num_heads: 2", "num_heads: 2, num_memories: 1", "top_k (line 5): must be at most num_memories = 1, got 2 (its def"),
         ("top_k: 2, w", "top_k: 6, w", "blocks.memory.ffn.top_k (line 6): must be at most num_experts = 4, got 6"),
         ("num_heads: 2", "num_heads: 2, num_value_heads: 3", "must be a multiple of num_heads = 2, got 3"),
         ("num_heads: 4", "num_heads: 4, num_kv_heads: 3", "num_kv_heads (line 8): must divide num_heads = 4, got 3"),
-        ("num_heads: 4", "num_heads: 3", "hidden_size / num_heads must be an even number where no head_dim is given, got 32 / 3"),
+        ("num_heads: 4", "num_heads: 3", "must be an even number where no head_dim is given, got 32 / 3"),
         ("num_heads: 4", "head_dim: 7", "blocks.recall.mixer.head_dim (line 8): must be even"),
         ("{type: gla, gate_rank: 8}, num_heads: 2, head_dim: 8", "retnet, head_dim: 7", "rule (line 5): head_dim must be even"),
         ("*2 recall", "*2 recal", "layers (line 10): unknown block 'recal'; did you mean 'recall'?"),
         # what would be ignored
-        ("num_heads: 2", "num_heads: 2, conv_width: 3", "conv_width (line 5): would be ignored: the rule 'gla' has no short conv"),
+        ("num_heads: 2", "num_heads: 2, conv_width: 3", "conv_width (line 5): would be ignored: the rule 'gla' has no"),
         ("num_heads: 2", "num_heads: 2, conv_scope: memory", "conv_scope (line 5): would be ignored: the rule 'gla' has no"),
         ("ratio: 3", "ratio: 3, width: 64", "blocks.recall.ffn.ratio (line 9): would be ignored beside width = 64"),
         ("*2 recall", "*2", "blocks.recall (line 7): would be ignored: layers = '(memory*2)*2' does not use it"),
         ("num_heads: 2", "num_heads: 2, top_k: 1, renormalize: true", "renormalize (line 5): would be ignored: with top_k = 1"),
-        ("top_k: 2, w", "top_k: 4, balance_weight: 0.1, w", "balance_weight (line 6): would be ignored: top_k = num_experts = 4"),
+        ("top_k: 2, w", "top_k: 4, balance_weight: 0.1, w", "balance_weight (line 6): would be ignored: top_k = num_experts"),
         ("num_heads: 2", "num_heads: 2, top_k: 4, balance_bias_rate: 0.1", "balance_bias_rate (line 5): would be ignored"),
     ],
 )  # fmt: skip
@@ -147,9 +147,7 @@ def test_loading(tmp_path: Path) -> None:
     assert load_config(file) == load_config(str(file)) == ModelConfig.from_yaml(GOOD)
     assert load_config("recall-mom") == load_config("recall-mom.yaml")
     assert "mom-380m" in shipped_configs()
-    with pytest.raises(
-        ConfigError, match="no such file, nor a shipped configuration of that name; did you mean 'recall-mom'?"
-    ):
+    with pytest.raises(ConfigError, match=r"nor a shipped configuration of that name; did you mean 'recall-mom'\?"):
         load_config("recall-mon")
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(tmp_path)

@@ -1,0 +1,14 @@
+"""The terminal that commands write to."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+PLAIN_WIDTH = 120
+"""Of a table that goes to a file or a pipe, where there is no terminal to fit."""
+
+
+def make_console() -> Console:
+    """Standard output: as wide as the terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, PLAIN_WIDTH))

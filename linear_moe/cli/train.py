@@ -1,0 +1,164 @@
+"""`linear-moe train`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from linear_moe.cli.console import make_console
+from linear_moe.cli.errors import INTERRUPTED
+from linear_moe.cli.explain import CONFIG_HELP
+from linear_moe.cli.options import Device, Threads, choose_device, set_threads
+from linear_moe.models.library import load_config
+from linear_moe.training.plan import RunPlan, TaskOptions
+from linear_moe.training.progress import make_display
+from linear_moe.training.run import METRICS_FILE, Outcome, Run, resume_run, start_run
+from linear_moe.training.settings import TrainSettings
+
+_TASK, _SETTINGS, _PLAN = TaskOptions(), TrainSettings(), RunPlan()
+_WITH_RESUME = frozenset({"resume", "steps", "device", "impl", "threads"})
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help=CONFIG_HELP)] = None,
+    task: Annotated[str, typer.Option(help="mqar (recall of pairs) or text.")] = _TASK.task,
+    output: Annotated[Path | None, typer.Option(help="The run's folder.  [default: runs/CONFIG-TASK]")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run of this folder, by its own settings; --steps may give it another length."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _SETTINGS.steps,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences of a batch; of text, a batch has this many times --length tokens.")
+    ] = _TASK.batch_size,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = _SETTINGS.accumulate,
+    learning_rate: Annotated[float, typer.Option(help="The schedule's peak.")] = _SETTINGS.learning_rate,
+    schedule: Annotated[str, typer.Option(help="cosine, one-cycle or constant.")] = _SETTINGS.schedule,
+    warmup: Annotated[
+        float | None, typer.Option(help="Fraction of the steps before the peak.  [default: 0.05, one-cycle 0.3]")
+    ] = _SETTINGS.warmup,
+    weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _SETTINGS.weight_decay,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = _SETTINGS.precision,
+    seed: Annotated[int, typer.Option(help="Of the parameters and of the data's order.")] = _SETTINGS.seed,
+    problem: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="mqar: LENGTH:PAIRS, may be given several times; or zoology, the published mix.  [default: 64:14]"
+        ),
+    ] = None,
+    filler: Annotated[str, typer.Option(help="mqar: what stands between queries, zero or uniform.")] = _TASK.filler,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="text: a file or folder.  [default: the Python standard library's sources]"),
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="text: names of a folder's files, such as '*.txt'; may be given several times."),
+    ] = None,
+    length: Annotated[int, typer.Option(help="text: tokens of a segment, at most.")] = _TASK.context,
+    held_out: Annotated[float, typer.Option(help="text: fraction of the documents held out.")] = _TASK.held_out,
+    log_every: Annotated[int, typer.Option(help="Steps between two lines of metrics.")] = _PLAN.log_every,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between two checkpoints; 0: the last one only.")
+    ] = _PLAN.checkpoint_every,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between two held-out scores; 0: the last one only.")
+    ] = _PLAN.evaluate_every,
+    impl: Annotated[str, typer.Option(help="How memory layers run: auto, triton, chunked or recurrent.")] = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a declared model on recall or on text.
+
+    The run's folder gets metrics.jsonl and checkpoints (model.safetensors, config.yaml, state.pt). Ctrl-C ends the step,
+    leaves a checkpoint and exits with 130; --resume goes on from there.
+
+    Example: linear-moe train text-small --task text --data my_notes/ --steps 500 --output runs/notes
+    """
+    set_threads(threads)
+    where = choose_device(device)
+    if resume is not None:
+        _refuse_with_resume(context)
+        new_length = steps if _given(context, "steps") else None
+        run = resume_run(resume, steps=new_length, device=where, impl=impl)
+    else:
+        if config is None:
+            raise ValueError("train needs a CONFIG (a YAML file or a shipped model), or --resume with a run's folder")
+        options = TaskOptions(
+            task=task,
+            problems=tuple(problem) if problem else _TASK.problems,
+            filler=filler,
+            data=None if data is None else str(data),
+            patterns=tuple(pattern) if pattern else _TASK.patterns,
+            held_out=held_out,
+            context=length,
+            batch_size=batch_size,
+        )
+        _refuse_other_tasks(context, task)
+        settings = TrainSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            accumulate=accumulate,
+            seed=seed,
+            precision=precision,
+        )
+        plan = RunPlan(options, settings, log_every, checkpoint_every, evaluate_every)
+        model_config = load_config(config)
+        folder = output or Path("runs", f"{Path(config).stem}-{task}")
+        run = start_run(model_config, plan, folder, device=where, impl=impl)
+    _train(run, make_console())
+
+
+def _train(run: Run, console: Console) -> None:
+    model = run.model
+    console.print(
+        f"{model.config.name or 'model'}: {model.num_parameters():,} parameters, {model.num_active_parameters():,} active; "
+        f"{next(model.parameters()).device}",
+        soft_wrap=True,
+    )
+    console.print(run.task.describe(), markup=False, soft_wrap=True)
+    outcome = run.train(make_display(console, steps=run.plan.settings.steps, start=run.step))
+    if outcome.interrupted:
+        console.print(f"interrupted after step {outcome.step}; checkpoint: {outcome.checkpoint}", soft_wrap=True)
+        console.print(f"go on with: linear-moe train --resume {run.folder}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+    _report(run, outcome, console)
+
+
+def _report(run: Run, outcome: Outcome, console: Console) -> None:
+    for name, value in outcome.scores.items():
+        console.print(f"held-out {name.replace('_', ' ')}: {value:.4f}")
+    if outcome.sample is not None:
+        console.rule("sample")
+        console.print(outcome.sample, markup=False, soft_wrap=True)
+        console.rule()
+    console.print(f"checkpoint: {outcome.checkpoint}; metrics: {run.folder / METRICS_FILE}", soft_wrap=True)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_with_resume(context: typer.Context) -> None:
+    for name in context.params:
+        if name not in _WITH_RESUME and _given(context, name):
+            shown = "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{shown} can't be given with --resume: a run goes on by the settings it began with")
+
+
+def _refuse_other_tasks(context: typer.Context, task: str) -> None:
+    """Raises ValueError for an option that the task would ignore."""
+    owners = {"mqar": ("problem", "filler"), "text": ("data", "pattern", "length", "held_out")}
+    for owner, names in owners.items():
+        for name in names:
+            if owner != task and _given(context, name):
+                raise ValueError(f"--{name.replace('_', '-')} would be ignored: it belongs to --task {owner}, not {task}")

@@ -1,0 +1,1 @@
+"""Triton kernels: one file a family of recurrences. Tensors in, tensors out. Importing this package needs triton."""

@@ -1,0 +1,72 @@
+"""Metrics as JSON lines: one object a line, whole and on disk as soon as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from linear_moe.models.model import LanguageModel
+
+
+class MetricsFile:
+    """Appends objects to `path`. Lines of steps after `keep_to_step` are dropped first: a resumed run does those again."""
+
+    def __init__(self, path: Path, *, keep_to_step: int = 0) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= keep_to_step] if path.exists() else []
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line: `{"step": step, ...}`. Numbers that are no numbers become null: JSON has none."""
+        self._file.write(json.dumps(_finite({"step": step, **values}), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file. A last line that a crash cut short is left out."""
+    objects = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return objects
+
+
+def routing_summary(model: LanguageModel) -> list[dict[str, Any]]:
+    """How evenly each mixture of memories routed its last batch."""
+    return [
+        {
+            "layer": index,
+            "load": [round(share, 4) for share in layer.routing.load.tolist()],
+            "entropy": round(float(layer.routing.entropy), 4),
+            "balance_loss": round(float(layer.routing.balance_loss), 4),
+        }
+        for index, layer in model.memory_layers()
+        if layer.routing is not None
+    ]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        # NaN and the infinities are the values whose difference with themselves is no 0.
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
