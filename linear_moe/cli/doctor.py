@@ -18,7 +18,7 @@ from linear_moe.rules.scan import implementations
 
 LARGEST_ERROR = 1e-9
 """Between two implementations in float64, relative to the largest number."""
-PACKAGES = ("torch", "triton", "einops", "safetensors", "matplotlib", "hypothesis")
+PACKAGES = ("torch", "triton", "safetensors", "matplotlib", "hypothesis")
 
 
 def doctor() -> None:

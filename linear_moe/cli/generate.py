@@ -9,7 +9,7 @@ import torch
 import typer
 
 from linear_moe.cli.options import Device, Threads, choose_device, set_threads
-from linear_moe.data.text import VOCAB_SIZE
+from linear_moe.data.text import VOCAB_SIZE, printable
 from linear_moe.training.checkpoint import load_model
 from linear_moe.training.tasks import sample_text
 
@@ -20,7 +20,9 @@ def generate(
         str, typer.Option(help="Text to continue; for a model of tokens (recall), their numbers: '1 33 2 34'.")
     ] = "",
     tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, 1 draws from the model's own odds.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, 1 draws from the model's own odds.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -34,9 +36,8 @@ def generate(
     set_threads(threads)
     model = load_model(checkpoint, device=choose_device(device))
     if model.config.vocab_size == VOCAB_SIZE:
-        typer.echo(
-            sample_text(model, prompt.encode("utf-8"), max_new_tokens=tokens, temperature=temperature, seed=seed)
-        )
+        text = sample_text(model, prompt.encode("utf-8"), max_new_tokens=tokens, temperature=temperature, seed=seed)
+        typer.echo(printable(text))
         return
     numbers = torch.tensor([parse_tokens(prompt)], device=next(model.parameters()).device)
     written = model.generate(numbers, max_new_tokens=tokens, temperature=temperature, seed=seed)
@@ -52,7 +53,9 @@ def parse_tokens(prompt: str) -> list[int]:
     words = prompt.replace(",", " ").split()
     for word in words:
         if not word.isdecimal():
-            raise ValueError(f"this model reads token numbers, such as --prompt '1 33 2 34'; {word!r} in the prompt is none")
+            raise ValueError(
+                f"this model reads token numbers, such as --prompt '1 33 2 34'; {word!r} in the prompt is none"
+            )
     if not words:
         raise ValueError("this model reads token numbers and needs at least one, such as --prompt '1 33 2 34'")
     return [int(word) for word in words]

@@ -24,7 +24,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not on this machine: torch finds {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(
+            f"device {name!r} is not on this machine: torch finds {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 

@@ -29,7 +29,9 @@ def train(
     output: Annotated[Path | None, typer.Option(help="The run's folder.  [default: runs/CONFIG-TASK]")] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with the run of this folder, by its own settings; --steps may give it another length."),
+        typer.Option(
+            help="Go on with the run of this folder, by its own settings; --steps may give it another length."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _SETTINGS.steps,
     batch_size: Annotated[
@@ -161,4 +163,6 @@ def _refuse_other_tasks(context: typer.Context, task: str) -> None:
     for owner, names in owners.items():
         for name in names:
             if owner != task and _given(context, name):
-                raise ValueError(f"--{name.replace('_', '-')} would be ignored: it belongs to --task {owner}, not {task}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} would be ignored: it belongs to --task {owner}, not {task}"
+                )

@@ -128,6 +128,11 @@ def decode_tokens(tokens: Iterable[int]) -> str:
     return bytes(token for token in tokens if 0 <= token < DOCUMENT_START).decode("utf-8", errors="replace")
 
 
+def printable(text: str) -> str:
+    """`text` with control characters replaced: what an untrained model writes may otherwise drive the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{MIDDLE DOT}" for c in text)
+
+
 def _split_documents(source: str, documents: dict[str, bytes], held_out: float) -> TextCorpus:
     if len(documents) == 1:
         return _split_file(source, next(iter(documents.values())), held_out)

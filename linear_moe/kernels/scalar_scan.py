@@ -8,8 +8,10 @@ registers: every input is read once and every output written once. The same walk
     dk = scan(v, do, q)            backwards: dk_t = sum_{j >= t} decay(j, t) <v_t, do_j> q_j
     dv = scan(k, q, do)            backwards: dv_t = sum_{j >= t} decay(j, t) <k_t, q_j> do_j
 
-so there is one kernel, and no accumulator is ever transposed. The decay's gradient needs no pass: d log a_t is the sum from
-t on of <q, dq> - <v, dv>, plus <dS_T, S_T>, and both products are taken in float32 before anything is rounded.
+so there is one kernel, and no accumulator is ever transposed. The decay's gradient needs no pass: d log a_t is <S_0, dS_0> plus
+the sum before t of <v, dv> - <q, dq>, both taken in float32 before anything is rounded. (Summed from the end instead, from
+<dS_T, S_T>, it would start with a large number: S_T holds what was written last, undecayed, while dS_0 has been through
+every decay.)
 """
 
 from __future__ import annotations
@@ -152,6 +154,8 @@ def _scan_kernel(
             q = tl.load(q_ptr + ((token * Q_HEADS + q_head) * K)[:, None] + keys[None, :], mask=k_mask, other=0.0)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+            if overlap_ptr is not None:
+                seen = seen & (rows[:, None] != rows[None, :])
             read = tl.dot(q, state.to(dtype), input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 between = summed[None, :] - summed[:, None] if REVERSE else summed[:, None] - summed[None, :]
@@ -161,13 +165,17 @@ def _scan_kernel(
             products = tl.where(seen, products, 0.0)
             o = read_scale * (read + write_scale * tl.dot(products.to(dtype), v, input_precision=PRECISION))
             o_at = ((token * HEADS + head) * V)[:, None] + values[None, :]
-            tl.store(o_ptr + o_at, o.to(o_ptr.dtype.element_ty), mask=v_mask)
             if overlap_ptr is not None:
+                # A token's own pair is in <q, dq> and <v, dv> alike. Left out of both: with a strong decay it is nearly all
+                # of them, and their difference would be rounding.
+                own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
                 other_head = head // (HEADS // OTHER_HEADS)
                 other_at = ((token * OTHER_HEADS + other_head) * V)[:, None] + values[None, :]
                 other = tl.load(other_ptr + other_at, mask=v_mask, other=0.0)
                 overlap = tl.sum(o * other.to(tl.float32), 1)
                 tl.store(overlap_ptr + (tile * HEADS + head).to(tl.int64) * num_tokens + token, overlap, mask=valid)
+                o += read_scale * write_scale * own[:, None] * v.to(tl.float32)
+            tl.store(o_ptr + o_at, o.to(o_ptr.dtype.element_ty), mask=v_mask)
         if DECAY != NO_DECAY:
             state *= tl.exp(total.to(tl.float32))
             v = (v.to(tl.float32) * after[:, None]).to(dtype)
@@ -223,7 +231,7 @@ def _join_kernel(
 def _decay_gradient_kernel(
     q_overlap_ptr,
     v_overlap_ptr,
-    end_ptr,
+    start_ptr,
     gradient_ptr,
     cu_seqlens_ptr,
     num_tokens,
@@ -232,29 +240,28 @@ def _decay_gradient_kernel(
     V_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one (segment, head): the sums from each token on of <q, dq> - <v, dv>, starting from <dS_T, S_T>."""
+    """Of one (segment, head): <S_0, dS_0>, and the sums before each token of <v, dv> - <q, dq>."""
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     segment = program // HEADS
     start = tl.load(cu_seqlens_ptr + segment)
     size = (tl.load(cu_seqlens_ptr + segment + 1) - start).to(tl.int32)
-    carry = tl.load(end_ptr + segment * HEADS + head).to(tl.float64)
-    num_blocks = tl.cdiv(size, BLOCK)
-    for step in range(num_blocks):
-        row = (num_blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+    # In float64: over a long segment the sums are far larger than what they differ by.
+    carry = tl.full((), 0.0, tl.float64)
+    if start_ptr is not None:
+        carry += tl.load(start_ptr + segment * HEADS + head).to(tl.float64)
+    for step in range(tl.cdiv(size, BLOCK)):
+        row = step * BLOCK + tl.arange(0, BLOCK)
         valid = row < size
         token = start + row
-        # In float64: over a long segment the sums are far larger than what they differ by.
         amount = tl.zeros((BLOCK,), tl.float64)
-        for tile in tl.static_range(Q_TILES):
-            amount += tl.load(q_overlap_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
         for tile in tl.static_range(V_TILES):
-            amount -= tl.load(v_overlap_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
-        # What comes after a row: everything carried and all of this block less the rows up to and with it.
-        block_sum = tl.sum(amount, 0)
-        after = carry + block_sum - tl.cumsum(amount, 0) + amount
-        tl.store(gradient_ptr + head * num_tokens + token, after.to(tl.float32), mask=valid)
-        carry += block_sum
+            amount += tl.load(v_overlap_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
+        for tile in tl.static_range(Q_TILES):
+            amount -= tl.load(q_overlap_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
+        before = carry + tl.cumsum(amount, 0) - amount
+        tl.store(gradient_ptr + head * num_tokens + token, before.to(tl.float32), mask=valid)
+        carry += tl.sum(amount, 0)
 
 
 class _Walk(NamedTuple):
@@ -308,8 +315,10 @@ def _scan(
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=device)
     shape = (walk.heads, *((value_dim, key_dim) if transposed_state else (key_dim, value_dim)))
 
-    def run(splits: Splits, *, outputs: bool, initial: Tensor | None, final: Tensor | None, total: Tensor | None) -> None:
-        _scan_kernel[(splits.count * walk.heads * tiles,)](
+    def run(
+        splits: Splits, *, outputs: bool, initial: Tensor | None, final: Tensor | None, total: Tensor | None
+    ) -> None:
+        _scan_kernel[(splits.num_pieces * walk.heads * tiles,)](
             q,
             k,
             v,
@@ -349,8 +358,8 @@ def _scan(
         run(whole(walk.cu_seqlens), outputs=True, initial=initial_state, final=final_state, total=None)
         return _Scanned(output, final_state, overlap)
     splits = cut(walk.cu_seqlens, num_tokens, length)
-    increments = torch.empty(splits.count, *shape, dtype=torch.float32, device=device)
-    totals = torch.zeros(splits.count, walk.heads, dtype=torch.float32, device=device)
+    increments = torch.empty(splits.num_pieces, *shape, dtype=torch.float32, device=device)
+    totals = torch.zeros(splits.num_pieces, walk.heads, dtype=torch.float32, device=device)
     run(splits, outputs=False, initial=None, final=increments, total=totals)
     starts = torch.zeros_like(increments)
     size = key_dim * value_dim
@@ -379,22 +388,22 @@ def _num_processors(device: torch.device) -> int:
 
 class _ScalarScan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, q, k, v, log_decay, initial_state, decay, scale, cu_seqlens, max_length
-    ):
+    def forward(ctx, q, k, v, log_decay, initial_state, decay, scale, cu_seqlens, max_length):
         # Heads first: a program reads its head's decays side by side.
         heads_first = log_decay.t().contiguous() if decay is Decay.SCALAR else log_decay
         walk = _Walk(decay, heads_first, cu_seqlens, max_length, v.shape[1])
         scanned = _scan(walk, q, k, v, read_scale=scale, initial_state=initial_state, want_final=True)
-        ctx.save_for_backward(q, k, v, heads_first, initial_state, scanned.final_state, cu_seqlens)
+        ctx.save_for_backward(q, k, v, heads_first, initial_state, cu_seqlens)
+        ctx.set_materialize_grads(False)
         ctx.decay, ctx.scale, ctx.max_length = decay, scale, max_length
         return scanned.output, scanned.final_state
 
     @staticmethod
-    def backward(ctx, d_output, d_final):  # type: ignore[no-untyped-def]
-        q, k, v, log_decay, initial_state, final_state, cu_seqlens = ctx.saved_tensors
+    def backward(ctx, d_output, d_final):
+        q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
         walk = _Walk(ctx.decay, log_decay, cu_seqlens, ctx.max_length, v.shape[1])
-        d_output, d_final = d_output.contiguous().to(v.dtype), d_final.contiguous()
+        d_output = torch.zeros_like(v) if d_output is None else d_output.contiguous()
+        d_final = None if d_final is None else d_final.contiguous()
         gated = ctx.needs_input_grad[3] and ctx.decay is Decay.SCALAR
         scale = ctx.scale
         # A key head's gradient is the sum over the value heads that share it, in float32.
@@ -430,18 +439,18 @@ class _ScalarScan(torch.autograd.Function):
             write_scale=scale,
             reverse=True,
             initial_state=d_final,
-            want_final=ctx.needs_input_grad[4],
+            want_final=initial_state is not None,
             other=v if gated else None,
         )
         d_decay = None
         if gated:
             assert dq.overlap is not None and dv.overlap is not None
             d_decay = torch.zeros_like(log_decay)
-            at_end = (final_state * d_final).sum((2, 3))
-            _decay_gradient_kernel[(at_end.numel(),)](
+            at_start = None if initial_state is None else (initial_state * dv.final_state).sum((2, 3))
+            _decay_gradient_kernel[((cu_seqlens.numel() - 1) * v.shape[1],)](
                 dq.overlap,
                 dv.overlap,
-                at_end,
+                at_start,
                 d_decay,
                 cu_seqlens,
                 v.shape[0],
@@ -452,7 +461,8 @@ class _ScalarScan(torch.autograd.Function):
             )
             d_decay = d_decay.t()
         d_q, d_k = (
-            part.output.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) if shared else part.output for part in (dq, dk)
+            part.output.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) if shared else part.output
+            for part in (dq, dk)
         )
         return d_q, d_k, dv.output, d_decay, dv.final_state, None, None, None, None
 
@@ -465,7 +475,7 @@ def scalar_scan(
     *,
     decay: Decay,
     scale: float,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     cu_seqlens: Tensor,
     max_length: int,
 ) -> tuple[Tensor, Tensor]:
@@ -478,7 +488,7 @@ def scalar_scan(
         log_decay: natural log, at most 0: `[H]` or `[S, H]`, or None.
         decay: NONE, HEAD or SCALAR.
         scale: factor on the read.
-        initial_state: `[N, H, K, V]` float32.
+        initial_state: `[N, H, K, V]` float32, or None for zeros.
         cu_seqlens: `[N + 1]` on the device; tokens past the last border are in no segment and read 0.
         max_length: a bound on the tokens of a segment.
 
@@ -491,7 +501,7 @@ def scalar_scan(
         k.contiguous(),
         v.contiguous(),
         None if log_decay is None else log_decay.float(),
-        initial_state.contiguous(),
+        None if initial_state is None else initial_state.contiguous(),
         decay,
         scale,
         cu_seqlens.long().contiguous(),

@@ -28,7 +28,7 @@ class Splits(NamedTuple):
     """`[N + 1]` int64: the first piece of each segment; pieces past the last hold nothing."""
 
     @property
-    def count(self) -> int:
+    def num_pieces(self) -> int:
         """P, a bound that sizes alone decide."""
         return self.borders.shape[0]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linear_moe.layers.attention_state import AttentionState
 from linear_moe.layers.initialization import normal_init_
+from linear_moe.layers.projections import autocasting
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.rules.segments import Segments, pad_segments, segments_of, unpad_segments
 from linear_moe.rules.transforms import rotary
@@ -226,7 +227,7 @@ class SoftmaxAttention(nn.Module):
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must have hidden_size = {self.hidden_size} channels, got shape {list(x.shape)}")
         expected = self.out_proj.weight.dtype
-        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != expected and not autocasting(x.device):
             raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
         if state is None:
             return

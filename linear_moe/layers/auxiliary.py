@@ -64,6 +64,14 @@ class AuxiliaryLoss(KeepsFloat32):
         attached: Tensor = _Attach.apply(output, loss, self.scale)
         return attached
 
+    def reset_parameters(self) -> None:
+        """A scale of 1."""
+        self.scale.fill_(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not take over a loss that this module has yet to hand out.
+        return {**self.__dict__, "collected": None}
+
     def extra_repr(self) -> str:
         return self.mode
 

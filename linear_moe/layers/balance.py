@@ -8,20 +8,21 @@ from torch import Tensor
 from linear_moe.layers.precision import KeepsFloat32
 
 
-def load_fractions(indices: Tensor, num_choices: int, valid: Tensor) -> Tensor:
+def load_fractions(indices: Tensor, num_choices: int, valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Fraction of the routed slots that each choice got, pads left out.
 
     Args:
         indices: `[S, k]` picked choices.
         num_choices: M.
         valid: `[S]` bool, true on real tokens.
+        dtype: of the result.
 
     Returns:
-        `[M]` float32, summing to 1 (all 0 without a real token).
+        `[M]`, summing to 1 (all 0 without a real token).
     """
     choices = torch.arange(num_choices, device=indices.device)
     picked = (indices[..., None] == choices) & valid[:, None, None]
-    counts = picked.sum((0, 1)).float()
+    counts = picked.sum((0, 1)).to(dtype)
     return counts / counts.sum().clamp_min(1)
 
 
@@ -62,6 +63,11 @@ class BalanceBias(KeepsFloat32):
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_choices))
         self.register_buffer("pending", torch.zeros(num_choices), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """No bias, no loads."""
+        self.bias.zero_()
+        self.pending.zero_()
 
     def forward(self, scores: Tensor) -> Tensor:
         """Scores for selection."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,23 @@ class GateParameters(KeepsFloat32):
             shape = (num_memories, *spec.shape) if spec.per_memory else spec.shape
             wide = spec.fp32 and (dtype or torch.get_default_dtype()) in HALF_DTYPES
             parameter = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32 if wide else dtype))
-            # Read by the optimiser's grouping.
-            parameter.no_weight_decay = not spec.weight_decay  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
+        self._mark()
         self.reset_parameters()
+
+    def _mark(self) -> None:
+        """Say on each parameter whether it decays, for the optimiser's grouping. Moves and copies drop attributes."""
+        for name, spec in self.declared.items():
+            self.get_parameter(name).no_weight_decay = not spec.weight_decay  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateParameters:
+        super()._apply(fn, recurse)
+        self._mark()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

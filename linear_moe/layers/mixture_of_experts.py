@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from linear_moe.layers.feed_forward import SwiGLU, swiglu_width
 from linear_moe.layers.initialization import normal_init_
-from linear_moe.layers.projections import grouped_linear
+from linear_moe.layers.projections import autocasting, grouped_linear
 from linear_moe.layers.routing import Router, Routing, sort_slots
 from linear_moe.layers.slots import gather_tokens, scatter_slots
 from linear_moe.rules.base import upcast
@@ -126,15 +127,17 @@ class MixtureOfExperts(nn.Module):
         else:
             valid = padding_mask.to(x.device).flatten()
             tokens = torch.where(valid[:, None], tokens, 0)
-        self.routing, loss = self.router(tokens, valid)
+        routing, loss = self.router(tokens, valid)
+        # What is kept for a look holds on to no graph.
+        self.routing = replace(routing, weights=routing.weights.detach())
 
-        experts = torch.where(valid[:, None], self.routing.indices, self.num_experts)
+        experts = torch.where(valid[:, None], routing.indices, self.num_experts)
         plan = sort_slots(experts.flatten(), self.num_experts)
         routed = gather_tokens(tokens, plan, self.top_k)
         gate, up = grouped_linear(routed, self.in_weight, plan.cu_seqlens).chunk(2, -1)
         slots = grouped_linear(F.silu(gate) * up, self.out_weight, plan.cu_seqlens)
         reads = upcast(scatter_slots(slots, plan, self.top_k))
-        output = (self.routing.weights[..., None] * reads).sum(1)
+        output = (routing.weights[..., None] * reads).sum(1)
         if self.shared is not None:
             output = output + self.shared(tokens)
         if padding_mask is not None:
@@ -146,7 +149,7 @@ class MixtureOfExperts(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be [B, T, hidden_size = {self.hidden_size}], got shape {list(x.shape)}")
         expected = self.in_weight.dtype
-        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != expected and not autocasting(x.device):
             raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
         if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != x.shape[:2]):
             raise ValueError(

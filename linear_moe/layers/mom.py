@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from linear_moe.layers.recurrent_mixer import Assignment, RecurrentMixer
 from linear_moe.layers.routing import Router, Routing
 from linear_moe.layers.sequences import Sequences
 from linear_moe.rules.base import UpdateRule
+from linear_moe.rules.validate import check_count
 
 
 class MoMLayer(RecurrentMixer):
@@ -93,6 +95,7 @@ class MoMLayer(RecurrentMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_count("num_memories", num_memories)
         super().__init__(
             hidden_size,
             rule,
@@ -138,8 +141,10 @@ class MoMLayer(RecurrentMixer):
         self.router.reset_parameters()
 
     def _assign(self, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
-        self.routing, loss = self.router(tokens, sequences.valid)
-        memory, weights = self.routing.indices, self.routing.weights
+        routing, loss = self.router(tokens, sequences.valid)
+        # What is kept for a look holds on to no graph.
+        self.routing = replace(routing, weights=routing.weights.detach())
+        memory, weights = routing.indices, routing.weights
         if self.shared_memory:
             memory = F.pad(memory, (0, 1), value=self.num_memories)
             weights = F.pad(weights, (0, 1), value=1.0)
@@ -161,6 +166,7 @@ class MoMLayer(RecurrentMixer):
         stacked += [
             p for n, p in self.gate_parameters.named_parameters() if self.gate_parameters.declared[n].per_memory
         ]
+        stacked += [] if self.initial_memory is None else [self.initial_memory]
         own: int = sum(p[0].numel() for p in stacked if p.shape[0] == self.num_states)
         return own * (self.num_memories - self.top_k)
 

@@ -15,9 +15,14 @@ def xavier_init_(weight: Tensor, gain: float = 2**-2.5) -> None:
         weight.uniform_(-bound, bound)
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for this device; the meta device has none to ask for."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matmul of `x` runs in: autocast's if it is on."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasting(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

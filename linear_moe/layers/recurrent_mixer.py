@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from linear_moe.layers.gate_parameters import GateParameters
 from linear_moe.layers.norms import GatedRMSNorm
-from linear_moe.layers.projections import grouped_linear, xavier_init_
+from linear_moe.layers.projections import autocasting, grouped_linear, xavier_init_
 from linear_moe.layers.routing import SlotPlan, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
@@ -25,6 +26,7 @@ from linear_moe.layers.state import MemoryState
 from linear_moe.rules.base import Projection, RuleDims, UpdateRule, upcast
 from linear_moe.rules.registry import get_rule
 from linear_moe.rules.scan import IMPLS, scan
+from linear_moe.rules.validate import check_count
 
 CONV_SCOPES = ("memory", "sequence")
 PROJECTION_SCOPES = ("memory", "shared")
@@ -71,8 +73,9 @@ class RecurrentMixer(nn.Module, ABC):
         for name, value in (("memory_projections", memory_projections), ("query_projection", query_projection)):
             if value not in PROJECTION_SCOPES:
                 raise ValueError(f"{name} must be one of {', '.join(PROJECTION_SCOPES)}, got {value!r}")
-        if conv_width < 1:
-            raise ValueError(f"conv_width must be at least 1, got {conv_width}")
+        check_count("conv_width", conv_width)
+        if norm_eps < 0:
+            raise ValueError(f"norm_eps must be at least 0, got {norm_eps}")
         if impl not in IMPLS:
             raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         self.hidden_size = hidden_size
@@ -331,10 +334,8 @@ class RecurrentMixer(nn.Module, ABC):
         if self.initial_memory is not None:
             learned = self.initial_memory.to(memory)
             memory = memory + learned if torch.is_grad_enabled() else memory.copy_(learned.expand(shape))
-        conv = None
-        if self.conv_weight is not None:
-            rows = 1 if self.conv_scope == "sequence" else self.num_states
-            conv = torch.zeros(batch_size, rows, self.conv_width, self.conv_weight.shape[0], dtype=dtype, device=device)
+        conv_shape = self._conv_shape(batch_size)
+        conv = None if conv_shape is None else torch.zeros(conv_shape, dtype=dtype, device=device)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return MemoryState(memory, conv, seen, self._owner())
 
@@ -345,7 +346,7 @@ class RecurrentMixer(nn.Module, ABC):
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must have hidden_size = {self.hidden_size} channels, got shape {list(x.shape)}")
         expected = self.out_proj.weight.dtype
-        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != expected and not autocasting(x.device):
             raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
         if state is None:
             return
@@ -359,6 +360,25 @@ class RecurrentMixer(nn.Module, ABC):
             raise ValueError(
                 f"state.memory must be [B, memories, H, K, V] = {list(shape)} for this call, got {list(state.memory.shape)}"
             )
+        expected_conv, given = (
+            self._conv_shape(sequences.num_sequences),
+            None if state.conv is None else state.conv.shape,
+        )
+        if (None if given is None else tuple(given)) != expected_conv:
+            raise ValueError(
+                f"state.conv must be {expected_conv and list(expected_conv)} for this call, got {given and list(given)}"
+            )
+
+    def _conv_shape(self, batch_size: int) -> tuple[int, ...] | None:
+        """Of the convolution's carried inputs, None without a convolution."""
+        if self.conv_weight is None:
+            return None
+        return (
+            batch_size,
+            1 if self.conv_scope == "sequence" else self.num_states,
+            self.conv_width,
+            len(self.conv_weight),
+        )
 
     def _parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -377,7 +397,9 @@ def _first_width(spec: Projection) -> int:
 
 def _build_rule(rule: str | type[UpdateRule], dims: RuleDims, options: Mapping[str, Any] | None) -> UpdateRule:
     cls = get_rule(rule) if isinstance(rule, str) else rule
-    allowed: Iterable[str] = [name for name in cls.__dataclass_fields__ if name != "dims"]
+    if not (isinstance(cls, type) and issubclass(cls, UpdateRule)):
+        raise ValueError(f"rule must be the name of a registered rule or a subclass of UpdateRule, got {rule!r}")
+    allowed: Iterable[str] = [field.name for field in fields(cls) if field.name != "dims"]
     for name in options or {}:
         if name not in allowed:
             raise ValueError(f"rule {cls.name!r} has no option {name!r}; it has: {', '.join(allowed) or 'none'}")

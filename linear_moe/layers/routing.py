@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from linear_moe.layers.auxiliary import AuxiliaryLoss
 from linear_moe.layers.balance import BalanceBias, balance_loss, load_fractions, z_loss
 from linear_moe.rules.base import upcast
+from linear_moe.rules.validate import check_count
 
 ROUTER_SCORES = ("softmax", "sigmoid")
 
@@ -72,10 +73,9 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_choices < 1:
-            raise ValueError(f"{choice} must be at least 1, got {num_choices}")
-        if not 1 <= top_k <= num_choices:
-            raise ValueError(f"top_k must be in [1, {choice} = {num_choices}], got {top_k}")
+        check_count(choice, num_choices)
+        if not isinstance(top_k, int) or not 1 <= top_k <= num_choices:
+            raise ValueError(f"top_k must be an integer in [1, {choice} = {num_choices}], got {top_k}")
         if score not in ROUTER_SCORES:
             raise ValueError(f"router_score must be one of {', '.join(ROUTER_SCORES)}, got {score!r}")
         for name, value in (
@@ -103,6 +103,9 @@ class Router(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier with the gain of the paper's code, 2^-2.5."""
         nn.init.xavier_uniform_(self.weight, gain=2**-2.5)
+        self.auxiliary.reset_parameters()
+        if self.bias is not None:
+            self.bias.reset_parameters()
 
     def forward(self, x: Tensor, valid: Tensor) -> tuple[Routing, Tensor]:
         """Route tokens `x` `[S, D]`, real where `valid` `[S]`.
@@ -116,14 +119,14 @@ class Router(nn.Module):
             scores = probabilities = torch.softmax(logits, -1)
         else:
             scores = torch.sigmoid(logits)
-            probabilities = scores / scores.sum(-1, keepdim=True)
+            probabilities = _normalized(scores)
         selection = scores.detach() if self.bias is None else self.bias(scores.detach())
         indices = torch.sort(selection, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = scores.gather(-1, indices)
         if self.renormalize and (self.top_k > 1 or self.num_choices == 1):
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = _normalized(weights)
 
-        load = load_fractions(indices, self.num_choices, valid)
+        load = load_fractions(indices, self.num_choices, valid, scores.dtype)
         if self.bias is not None and self.training:
             self.bias.observe(load)
         balance, z = balance_loss(probabilities, load, valid), z_loss(logits, valid)
@@ -143,6 +146,11 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         parts = f"num_choices={self.num_choices}, top_k={self.top_k}, score={self.score}"
         return parts + (f", z_loss_weight={self.z_loss_weight}" if self.z_loss_weight else "")
+
+
+def _normalized(scores: Tensor) -> Tensor:
+    """Scores over their sum, which sigmoids that have all underflowed make 0."""
+    return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def ordered_sum(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def short_conv(
     if state is None:
         state = x.new_zeros(num_segments, width, x.shape[1])
     if x.shape[0] == 0:
-        return x, state
+        return x, state.clone()
     # Each segment's carried inputs and its own laid end to end, so that a tap is one gather, whichever side it falls on.
     history = torch.cat((state.flatten(0, 1).to(x.dtype), x))
     places = torch.arange(x.shape[0], device=x.device)
@@ -49,7 +49,9 @@ def short_conv(
     owner = torch.arange(num_segments, device=x.device)[:, None].expand_as(ends)
     carried = _history_index(owner, ends, cu_seqlens, width).flatten()
     new_state = history.index_select(0, carried).unflatten(0, (num_segments, width))
-    return total, new_state.to(state.dtype)
+    # A state that is wider than this call's inputs must not be rounded where nothing came in.
+    came = (cu_seqlens.diff() > 0)[:, None, None]
+    return total, torch.where(came, new_state.to(state.dtype), state)
 
 
 def _history_index(segment: Tensor, position: Tensor, cu_seqlens: Tensor, width: int) -> Tensor:

@@ -83,9 +83,17 @@ class MemoryState:
         Raises:
             ValueError: if the file holds no memory state of this format.
         """
-        content: Any = torch.load(Path(path), map_location=device, weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or "memory" not in content["tensors"]:
-            raise ValueError(f"{path} holds no memory state of format {STATE_FORMAT}")
+        wrong = f"{path} holds no memory state of format {STATE_FORMAT}"
+        try:
+            content: Any = torch.load(Path(path), map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            # What torch raises for a file of another kind depends on that kind.
+            raise ValueError(f"{wrong}: {type(error).__name__}") from error
+        known = isinstance(content, dict) and content.get("format") == STATE_FORMAT
+        if not known or "memory" not in content.get("tensors", {}):
+            raise ValueError(wrong)
         tensors = content["tensors"]
         return cls(tensors["memory"], tensors.get("conv"), tensors["tokens_seen"], content["owner"])
 

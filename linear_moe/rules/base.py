@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.forms import Recurrence
+from linear_moe.rules.validate import check_count
 
 Initializer = Callable[[tuple[int, ...]], Tensor]
 
@@ -63,9 +64,7 @@ class RuleDims:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "num_value_heads", "head_dim", "head_value_dim", "num_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_count(name, getattr(self, name))
         if self.num_value_heads % self.num_heads:
             raise ValueError(
                 f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}"

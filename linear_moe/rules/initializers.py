@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -17,11 +18,12 @@ DT_FLOOR = 1e-4
 def log_uniform_matrix(low: float, high: float) -> Initializer:
     """`A_log`: the logarithm of a number drawn uniformly from (low, high)."""
 
-    def init(shape: tuple[int, ...]) -> Tensor:
-        # A draw of exactly 0 would be log 0; the smallest normal number is a decay of 1 just as well.
-        return torch.empty(shape).uniform_(low, high).clamp_min(torch.finfo(torch.float32).tiny).log()
+    return functools.partial(_log_uniform, low, high)  # and no closure: a layer can be pickled
 
-    return init
+
+def _log_uniform(low: float, high: float, shape: tuple[int, ...]) -> Tensor:
+    # A draw of exactly 0 would be log 0; the smallest normal number is a decay of 1 just as well.
+    return torch.empty(shape).uniform_(low, high).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def inverse_softplus_time_step(shape: tuple[int, ...]) -> Tensor:

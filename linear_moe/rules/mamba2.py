@@ -63,8 +63,8 @@ class Mamba2(UpdateRule):
         C, B = (raw[name].unflatten(-1, (self.num_groups, dims.head_dim)) for name in ("C", "B"))
         x = raw["x"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
         dt = F.softplus(upcast(raw["dt"]) + parameters["dt_bias"])
-        tokens, skip = as_tokens(C, B, x, dt, -upcast(parameters["A_log"]).exp(), parameters["D"])
-        return tokens._replace(extras={"skip": skip})
+        tokens = as_tokens(C, B, x, dt, -upcast(parameters["A_log"]).exp())
+        return tokens._replace(extras={"skip": upcast(parameters["D"])[:, None] * upcast(x)})
 
     @staticmethod
     def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
@@ -76,11 +76,11 @@ class Mamba2(UpdateRule):
         return output + tokens.extras["skip"].to(output.dtype)
 
 
-def as_tokens(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, A: Tensor, D: Tensor) -> tuple[Tokens, Tensor]:
-    """The form's tokens, and the skip D x `[..., H, V]`. Products in float32, rounded once to the dtype of x."""
+def as_tokens(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, A: Tensor) -> Tokens:
+    """The form's tokens. Products in float32, rounded once to the dtype of x."""
     dt = upcast(dt)
     v = (dt[..., None] * upcast(x)).to(x.dtype)
-    return Tokens(C, B, v, dt * upcast(A)), upcast(D)[:, None] * upcast(x)
+    return Tokens(C, B, v, dt * upcast(A))
 
 
 def mamba2(
@@ -126,10 +126,9 @@ def mamba2(
     check_shape("dt", dt, (batch, length, heads), "[B, T, H]")
     check_shape("A", A, (heads,), "[H]")
     check_shape("D", D, (heads,), "[H]")
-    tokens, skip = as_tokens(C, B, x, dt, A, D)
     result = run_op(
         Mamba2,
-        tokens,
+        as_tokens(C, B, x, dt, A),
         scale=1.0 if scale is None else scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
@@ -137,4 +136,4 @@ def mamba2(
         impl=impl,
         names=("C", "B", "x"),
     )
-    return result._replace(output=(upcast(result.output) + skip).to(x.dtype))
+    return result._replace(output=torch.addcmul(upcast(result.output), upcast(D)[:, None], upcast(x)).to(x.dtype))

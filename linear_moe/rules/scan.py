@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -76,12 +77,12 @@ def scan(
         state = initial_state.to(dtype)
 
     # Explicit casts do not stop autocast from choosing 16-bit contractions.
-    with torch.autocast(tokens.q.device.type, enabled=False):
-        if segments.num_tokens == 0 or segments.max_length == 0 or segments.count == 0:
-            output = torch.zeros_like(tokens.v).flatten(0, 1)
+    with _without_autocast(tokens.q.device):
+        if segments.num_tokens == 0 or segments.count == 0:
+            output, state = _nothing(tokens), state.clone()
         elif impl == "triton":
             assert form is not None
-            output, state = _run_kernel(form, tokens, segments, state, scale)
+            output, state = _run_kernel(form, tokens, segments, None if initial_state is None else state, scale)
         else:
             flat = _flatten(tokens, dtype)
             if impl == "chunked":
@@ -147,7 +148,9 @@ def choose_impl(form: Recurrence | None, impl: str, tokens: Tokens) -> str:
         others = ", ".join(name for name in ("auto", *able) if name != "triton")
         raise ValueError(f"impl='triton' can't run here: {obstacle}; available: {others}")
     if impl not in able and impl != "triton":
-        raise ValueError(f"impl={impl!r} can't run here: the rule declares no form; available: {', '.join(('auto', *able))}")
+        raise ValueError(
+            f"impl={impl!r} can't run here: the rule declares no form; available: {', '.join(('auto', *able))}"
+        )
     return impl
 
 
@@ -182,7 +185,7 @@ def _triton_installed() -> bool:
 
 
 def _run_kernel(
-    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor, scale: float
+    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     # Only here: the package works without triton.
     from linear_moe.kernels.scalar_scan import scalar_scan
@@ -201,6 +204,17 @@ def _run_kernel(
         cu_seqlens=segments.cu_seqlens,
         max_length=segments.max_length,
     )
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
+def _nothing(tokens: Tokens) -> Tensor:
+    """The output without a token to scan, still in the graph: what made the tokens gets gradients of 0, not None."""
+    made = [x for x in (tokens.q, tokens.k, tokens.log_decay, tokens.beta) if x is not None and x.numel() == 0]
+    return torch.zeros_like(tokens.v).flatten(0, 1) + sum(x.sum() for x in (tokens.v[:0], *made))
 
 
 def _say_once(message: str) -> None:

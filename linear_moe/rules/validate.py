@@ -8,6 +8,12 @@ from torch import Tensor
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """Raise unless `tensor` has the shape `expected`, described to the user as `meaning`."""
     if tuple(tensor.shape) != expected:

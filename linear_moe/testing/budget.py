@@ -65,10 +65,10 @@ def error_budget(
             raise ValueError(f"{what} must have the candidate's tensors, {sorted(candidate)}, got {sorted(other)}")
     budgets = []
     for name, tensor in candidate.items():
-        for what, other in (("reference", reference[name]), ("exact", exact[name])):
-            if tensor.shape != other.shape:
+        for what, same in (("reference", reference[name]), ("exact", exact[name])):
+            if tensor.shape != same.shape:
                 raise ValueError(
-                    f"{what}[{name!r}] must have the candidate's shape {list(tensor.shape)}, got {list(other.shape)}"
+                    f"{what}[{name!r}] must have the candidate's shape {list(tensor.shape)}, got {list(same.shape)}"
                 )
         if exact[name].dtype != torch.float64:
             raise ValueError(f"exact[{name!r}] must be float64, got {exact[name].dtype}")

@@ -123,13 +123,9 @@ def _search(law: Law, cases: SearchStrategy[Case], max_examples: int, seed: int)
         # Without hypothesis's own notes: the message says it all.
         raise LawBroken(*broken.args) from broken.__cause__
     except FlakyFailure as failure:
-        broken = next(error for error in failure.exceptions if isinstance(error, LawBroken))
-        raise LawBroken(
-            broken.law,
-            broken.statement,
-            broken.case,
-            f"{broken.measured}; but not each time: the rule is not deterministic",
-        ) from failure
+        first = next(error for error in failure.exceptions if isinstance(error, LawBroken))
+        measured = f"{first.measured}; but not each time: the rule is not deterministic"
+        raise LawBroken(first.law, first.statement, first.case, measured) from failure
     return tried
 
 

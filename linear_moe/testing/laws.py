@@ -88,11 +88,11 @@ range: decays from 1 to 1e-6 a token, keys of norm 1, beta in [0, 2]. extreme: b
 nearly parallel keys, beta 0, 1 and 2."""
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818
     """Raised by a law's check: in words, what was expected and what was measured."""
 
 
-class LawBroken(AssertionError):
+class LawBroken(AssertionError):  # noqa: N818
     """A rule, or its implementation, breaks a law.
 
     Attributes:
@@ -127,6 +127,10 @@ class Sizes:
     kinds: tuple[str, ...] = TOKEN_KINDS
 
 
+ORDINARY_SIZES = Sizes()
+"""Of a law that says nothing else."""
+
+
 @dataclass(frozen=True)
 class Law:
     """A sentence that holds for every case, and the code that tries it on one."""
@@ -137,7 +141,7 @@ class Law:
     """Raises `Violation` if the law does not hold; any other error of the code under test breaks the law as well."""
     applies: Callable[[type[UpdateRule]], bool] = lambda rule: True
     """Whether the law speaks of this rule."""
-    sizes: Sizes = Sizes()
+    sizes: Sizes = ORDINARY_SIZES
 
     def __call__(self, case: Case) -> None:
         """Try the law on a case.

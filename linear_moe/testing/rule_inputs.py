@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ def _redraw(case: Case, tokens: Tokens) -> Tokens:
     if extreme:
         direction = torch.randn(tokens.k.shape[-2:], generator=generator, dtype=torch.float64)
         k = direction + 1e-3 * k
-    changed = {"k": F.normalize(k, dim=-1).to(tokens.k.dtype)}
+    changed: dict[str, Any] = {"k": F.normalize(k, dim=-1).to(tokens.k.dtype)}
     for name in _GATES:
         gate = getattr(tokens, name)
         if gate is not None:
@@ -208,9 +208,9 @@ def differentiate(run: Run, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for stream, x in enumerate(results.values()):
         generator = torch.Generator().manual_seed(stream)
         total = total + (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) * x).sum()
-    grads = [None] * len(leaves)
+    grads: list[Tensor | None] = [None] * len(leaves)
     if total.requires_grad:
-        grads = list(torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
+        grads = [*torch.autograd.grad(total, list(leaves.values()), allow_unused=True)]
     named = dict(zip(leaves, grads, strict=True))
     measured = {name: x.detach() for name, x in results.items()}
     return measured | {

@@ -40,11 +40,8 @@ def _budget(dtype: torch.dtype) -> Callable[[Case], None]:
             # One number a head, a sum over all tokens that may cancel to nothing: there is no scale to hold its error to.
             for measured in (candidate, reference, exact):
                 measured.pop("gradient of log_decay", None)
-        require(
-            candidate["output"].dtype == dtype and candidate["final_state"].dtype == torch.float32,
-            f"output and final state are {candidate['output'].dtype} and {candidate['final_state'].dtype}, expected "
-            f"{dtype} (that of v) and torch.float32",
-        )
+        for name, expected in (("output", inputs.by_token["v"].dtype), ("final_state", torch.float32)):
+            require(candidate[name].dtype == expected, f"{name} is {candidate[name].dtype}, expected {expected}")
         over = [str(budget) for budget in error_budget(candidate, reference, exact, dtype) if not budget.holds]
         require(not over, "; ".join(over))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from linear_moe.rules.base import UpdateRule
 from linear_moe.rules.chunked import LONGEST_CHUNK, SHORTEST_CHUNK
-from linear_moe.testing.laws import Case, Sizes
+from linear_moe.testing.laws import ORDINARY_SIZES, Case, Sizes
 
 Options = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ _NO_OPTIONS: tuple[Options, ...] = ({},)
 
 
 def rule_cases(
-    rule: type[UpdateRule], *, options: Iterable[Options] = _NO_OPTIONS, sizes: Sizes = Sizes()
+    rule: type[UpdateRule], *, options: Iterable[Options] = _NO_OPTIONS, sizes: Sizes = ORDINARY_SIZES
 ) -> st.SearchStrategy[Case]:
     """Cases of a law of rules: sequences of any lengths, heads of any sizes that the rule takes.
 
@@ -69,7 +69,7 @@ def _cases(draw: st.DrawFn, rule: type[UpdateRule], options: list[Options], size
 
 
 @st.composite
-def lengths(draw: st.DrawFn, sizes: Sizes = Sizes()) -> tuple[int, ...]:
+def lengths(draw: st.DrawFn, sizes: Sizes = ORDINARY_SIZES) -> tuple[int, ...]:
     """Lengths of one sequence or of several, ragged or equal, empty ones among them."""
     least, most = sizes.tokens
     short = st.integers(0, 9)

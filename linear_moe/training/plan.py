@@ -29,6 +29,7 @@ class TaskOptions:
         patterns: of "text": names of a folder's files.
         held_out: of "text": fraction of the documents that is not learned from.
         context: of "text": tokens of a segment, at most.
+        held_out_bytes: of "text": how much of the held-out text is scored, at most.
         batch_size: sequences of a batch; for "text" a batch has `batch_size * context` tokens.
 
     Raises:
@@ -41,6 +42,7 @@ class TaskOptions:
     data: str | None = None
     patterns: tuple[str, ...] = TEXT_PATTERNS
     held_out: float = 0.05
+    held_out_bytes: int = 100_000
     context: int = 256
     batch_size: int = 16
 
@@ -103,7 +105,13 @@ def build_task(options: TaskOptions, config: ModelConfig, seed: int) -> Task:
         else:
             corpus = read_text(options.data, patterns=options.patterns, held_out=options.held_out)
         tokens = options.batch_size * options.context
-        return TextTask(corpus, context=options.context, batch_tokens=tokens, seed=seed)
+        return TextTask(
+            corpus,
+            context=options.context,
+            batch_tokens=tokens,
+            seed=seed,
+            held_out_bytes=options.held_out_bytes,
+        )
     if options.problems == (ZOOLOGY,):
         return RecallTask(
             [_problem(config, options, length, pairs) for length, pairs, _ in ZOOLOGY_TRAIN],

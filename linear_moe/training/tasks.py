@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 from linear_moe.data.batch import IGNORE_INDEX, Batch, seeded
 from linear_moe.data.mqar import MQAR, mqar_batch
-from linear_moe.data.text import DOCUMENT_START, VOCAB_SIZE, TextCorpus, decode_tokens
+from linear_moe.data.text import DOCUMENT_START, VOCAB_SIZE, TextCorpus, decode_tokens, printable
 from linear_moe.data.text_batches import PackedText, held_out_batches
 from linear_moe.models.model import LanguageModel
 
 HELD_OUT_STREAM = 1 << 62
 """Seed of held-out recall problems: the same for every run, and no seed of training."""
+EVALUATION_TOKENS = 8192
+"""Of a batch of held-out recall problems, about."""
+EVALUATION_ROW = 1024
+"""Tokens of a packed row of held-out text, at least: attention pays for every pair of a row, documents apart or not."""
+SAMPLE_TOKENS = 300
 
 
 class Task(Protocol):
@@ -95,9 +100,11 @@ class RecallTask:
         scores = {}
         for kind, problem in enumerate(self.held_out_problems):
             generator = seeded(HELD_OUT_STREAM, kind)
+            # Not by the run's batch size, on which the problems that are drawn would then depend.
+            size = max(EVALUATION_TOKENS // problem.length, 1)
             right = asked = 0
-            for start in range(0, self.held_out_size, self.batch_size):
-                batch = mqar_batch(problem, min(self.batch_size, self.held_out_size - start), generator)
+            for start in range(0, self.held_out_size, size):
+                batch = mqar_batch(problem, min(size, self.held_out_size - start), generator)
                 right += int(recalled(model, batch).sum())
                 asked += batch.num_labels
             scores[f"accuracy {problem.length}/{problem.num_pairs}"] = right / asked
@@ -138,7 +145,7 @@ class TextTask:
         context: int = 512,
         batch_tokens: int = 4096,
         seed: int = 0,
-        held_out_bytes: int = 200_000,
+        held_out_bytes: int = 100_000,
     ) -> None:
         if held_out_bytes < 1:
             raise ValueError(f"held_out_bytes must be at least 1, got {held_out_bytes}")
@@ -162,8 +169,9 @@ class TextTask:
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
         """`bits_per_byte` of the model, and of the byte frequencies of the training text."""
         nats, count = 0.0, 0
+        tokens = max(self.context, EVALUATION_ROW)
         batches = held_out_batches(
-            self.corpus.held_out, context=self.context, batch_tokens=self.packed.batch_tokens, limit=self.held_out_bytes
+            self.corpus.held_out, context=self.context, batch_tokens=tokens, limit=self.held_out_bytes
         )
         for batch in batches:
             logits = evaluated(model, batch)
@@ -177,7 +185,7 @@ class TextTask:
 
     def sample(self, model: LanguageModel) -> str | None:
         """What the model writes from a document's start."""
-        return sample_text(model, max_new_tokens=400)
+        return printable(sample_text(model, max_new_tokens=SAMPLE_TOKENS))
 
 
 def evaluated(model: LanguageModel, batch: Batch) -> Tensor:
@@ -212,8 +220,8 @@ def sample_text(
 
 
 def check_text_vocabulary(vocab_size: int, name: str) -> None:
-    """Raises ValueError if a model's vocabulary has no room for bytes and the document start."""
-    if vocab_size < VOCAB_SIZE:
+    """Raises ValueError unless a model's vocabulary is that of text: bytes and the document start."""
+    if vocab_size != VOCAB_SIZE:
         raise ValueError(
-            f"vocab_size of {name} must be at least {VOCAB_SIZE} for text (256 bytes and a document start), got {vocab_size}"
+            f"vocab_size of {name} must be {VOCAB_SIZE} for text (256 bytes and a document start), got {vocab_size}"
         )

@@ -26,7 +26,10 @@ PARAMETERS = [
 SIZES = {"num_heads": 2, "head_dim": 16}
 D = 32
 
-pytestmark = pytest.mark.filterwarnings("ignore:no Triton kernel for the form:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:no Triton kernel:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 
 class OnTheDeviceOnly(TorchDispatchMode):
@@ -106,8 +109,8 @@ def test_what_would_wait_raises_on_meta(offence: Callable[[Tensor], object]) -> 
 @contextmanager
 def sync_is_an_error() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

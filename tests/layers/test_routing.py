@@ -108,6 +108,16 @@ def test_a_pick_whose_weight_underflows_is_still_counted() -> None:
     assert routing.load.tolist() == [0.5, 0.5, 0.0]
 
 
+def test_sigmoid_scores_that_all_underflow_stay_finite() -> None:
+    router = Router(3, 3, 2, score="sigmoid")
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    routing, loss = router(torch.full((1, 3), -200.0), torch.ones(1, dtype=torch.bool))
+    assert routing.weights.isfinite().all() and loss.isfinite() and routing.entropy.isfinite()
+    (routing.weights.sum() + loss).backward()
+    assert router.weight.grad is not None and router.weight.grad.isfinite().all()
+
+
 def test_entropy_is_log_m_when_undecided_and_0_when_certain() -> None:
     router = router_with_logits(2, 4)
     assert route(router, torch.zeros(5, 4, dtype=torch.float64)).entropy.item() == pytest.approx(math.log(4))
@@ -171,9 +181,9 @@ def test_slots_are_sorted_stably_and_counted(groups: list[int], num_groups: int)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((8, 4, 5), r"top_k must be in \[1, num_memories = 4\], got 5"),
-        ((8, 4, 0), r"top_k must be in \[1, num_memories = 4\], got 0"),
-        ((8, 0, 0), "num_memories must be at least 1, got 0"),
+        ((8, 4, 5), r"top_k must be .*in \[1, num_memories = 4\], got 5"),
+        ((8, 4, 0), r"top_k must be .*in \[1, num_memories = 4\], got 0"),
+        ((8, 0, 0), "num_memories must be .*at least 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments: tuple[int, int, int], message: str) -> None:

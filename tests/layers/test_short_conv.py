@@ -57,8 +57,10 @@ def test_it_is_the_definition_with_all_its_gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_state_of_a_segment_without_tokens_keeps_its_bits(dtype: torch.dtype) -> None:
-    state = torch.randn(3, 4, 2, dtype=dtype)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_a_segment_without_tokens_keeps_its_bits(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    """In a wider state too, as that of a float32 layer decoding under autocast."""
+    state = torch.randn(3, 4, 2, dtype=state_dtype)
     _, after = short_conv(torch.randn(5, 2, dtype=dtype), torch.randn(2, 4), None, torch.tensor([0, 5, 5, 5]), state)
     assert torch.equal(after[1:], state[1:])
     assert not torch.equal(after[0], state[0])

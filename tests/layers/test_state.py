@@ -119,6 +119,12 @@ def test_another_file_is_refused(tmp_path: Path, content: object) -> None:
         MemoryState.load(tmp_path / "other.pt")
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.pt").write_text("hello")
+    with pytest.raises(ValueError, match="other.pt holds no memory state"):
+        MemoryState.load(tmp_path / "other.pt")
+
+
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_state_has_at_least_one_sequence(batch_size: int) -> None:
     with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
@@ -160,6 +166,15 @@ def test_the_state_of_another_conv_is_refused() -> None:
     on_input = MoMLayer(8, num_heads=2, head_dim=4, conv_scope="sequence")
     with pytest.raises(ValueError, match="conv"):
         wide(torch.randn(2, 3, 8), state=on_input.new_state(2))
+
+
+def test_a_state_without_a_conv_that_is_needed_is_refused() -> None:
+    with_conv = MoMLayer(8, "retnet", num_heads=2, head_dim=4, rule_options={"short_conv": True})
+    without = MoMLayer(8, "retnet", num_heads=2, head_dim=4)
+    with pytest.raises(ValueError, match="conv"):
+        with_conv(torch.randn(2, 3, 8), state=without.new_state(2))
+    with pytest.raises(ValueError, match="conv"):
+        without(torch.randn(2, 3, 8), state=with_conv.new_state(2))
 
 
 def test_something_else_is_no_state() -> None:

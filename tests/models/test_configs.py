@@ -87,7 +87,7 @@ def test_the_balance_weights_are_the_papers_coefficient() -> None:
 
 def test_the_recall_study_compares_what_it_says() -> None:
     single, wide, mixture = (build_model(load_config(f"recall-{name}")) for name in ("single", "wide", "mom"))
-    assert len(mixture.memory_layers()) == 2
+    assert len(mixture.memory_layers()) == 1
 
     def numbers(model: torch.nn.Module) -> int:
         """In the states that one token touches."""

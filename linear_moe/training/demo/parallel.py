@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -102,7 +103,11 @@ def _work(function: Callable[[Any, Report], Any], waiting: Queue[Any], messages:
     while (item := waiting.get()) is not None:
         index, job = item
         try:
-            result = function(job, lambda units, index=index: messages.put(Message(index, units)))
+            result = function(job, functools.partial(_send, messages, index))
             messages.put(Message(index, result=result))
         except BaseException:
             messages.put(Message(index, error=traceback.format_exc()))
+
+
+def _send(messages: Queue[Any], index: int, units: int) -> None:
+    messages.put(Message(index, units))

@@ -262,9 +262,7 @@ def compared(first: DesignSummary, second: DesignSummary) -> str:
     apart = min(a) > max(b) or min(b) > max(a)
     relation = "above" if difference > 0 else "below"
     verdict = (
-        "no seed of one reaches a seed of the other"
-        if apart
-        else "the seeds overlap, so this order could be chance"
+        "no seed of one reaches a seed of the other" if apart else "the seeds overlap, so this order could be chance"
     )
     return (
         f"{first.design} is {abs(difference):.3f} {relation} {second.design} on average "

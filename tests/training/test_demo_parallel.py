@@ -1,0 +1,42 @@
+"""Jobs in processes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from linear_moe.training.demo.parallel import Report, num_cores, run_jobs
+
+
+def work(job: int, report: Report) -> tuple[int, int, int]:
+    if job < 0:
+        raise ValueError(f"no job is {job}")
+    if job > 100:
+        os._exit(job)
+    report(2)
+    report(1)
+    return job * job, os.getpid(), torch.get_num_threads()
+
+
+def test_jobs_are_spread_over_processes_of_one_thread() -> None:
+    messages = list(run_jobs(work, [1, 2, 3], workers=2))
+    results = {message.job: message.result for message in messages if message.result is not None}
+    assert [results[index][0] for index in range(3)] == [1, 4, 9]
+    assert all(pid != os.getpid() and threads == 1 for _, pid, threads in results.values())
+    assert sum(message.done for message in messages) == 9
+
+
+def test_one_worker_is_this_process() -> None:
+    (message,) = run_jobs(work, [5], workers=1)
+    assert message.result is not None
+    assert message.result[:2] == (25, os.getpid())
+    assert message.done == 3
+    assert num_cores() >= 1
+
+
+@pytest.mark.parametrize(("job", "named"), [(-1, "ValueError: no job is -1"), (101, "died with exit code 101")])
+def test_a_job_that_fails_ends_the_others(job: int, named: str) -> None:
+    with pytest.raises(RuntimeError, match=named):
+        list(run_jobs(work, [job, 1], workers=2))

@@ -1,0 +1,33 @@
+"""Ctrl-C: first a request, then as usual; and none of our business in another thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from linear_moe.training.interrupt import InterruptGuard
+
+
+def test_the_second_interrupts() -> None:
+    with InterruptGuard() as guard:
+        assert not guard.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert guard.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_another_thread_leaves_the_handler() -> None:
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def enter() -> None:
+        with InterruptGuard():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]

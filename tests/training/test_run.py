@@ -1,0 +1,139 @@
+"""Runs: that they can be stopped and gone on with, without a trace of it in the numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import torch
+from small_models import small_config
+
+from linear_moe.training.checkpoint import find_checkpoint, load_model
+from linear_moe.training.loop import DivergedError, StepReport
+from linear_moe.training.metrics import read_metrics
+from linear_moe.training.plan import RunPlan, TaskOptions
+from linear_moe.training.run import Run, resume_run, start_run
+from linear_moe.training.settings import TrainSettings
+
+STEPS = 8
+
+
+class Watcher:
+    """A display that may send Ctrl-C to its own process."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.interrupt_at = interrupt_at
+        self.steps: list[int] = []
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def update(self, report: StepReport) -> None:
+        self.steps.append(report.step)
+        if report.step == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _start(folder: Path, *, steps: int = STEPS, **plan: int) -> Run:
+    options = TaskOptions(task="mqar", problems=("16:3",), batch_size=4)
+    settings = TrainSettings(steps=steps, accumulate=2, learning_rate=1e-2)
+    return start_run(small_config(balance_bias_rate=0.01), RunPlan(options, settings, log_every=1, **plan), folder)
+
+
+def _losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_run_leaves_metrics_a_checkpoint_a_score_and_a_sample(tmp_path: Path) -> None:
+    outcome = _start(tmp_path, evaluate_every=4).train(Watcher())
+    assert (outcome.step, outcome.interrupted) == (STEPS, False)
+    assert 0 <= outcome.scores["accuracy"] <= 1
+    assert outcome.sample is not None
+    assert (tmp_path / "sample.txt").read_text() == outcome.sample + "\n"
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert all(line["tokens_per_second"] > 0 and len(line["routing"]) == 1 for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "held_out" in line] == [4, 8, 8]
+    assert lines[-1] == {"step": 8, "held_out": outcome.scores, "final": True}
+    assert outcome.checkpoint == find_checkpoint(tmp_path)
+
+
+def test_going_on_after_ctrl_c_is_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = _start(tmp_path / "whole")
+    whole.train(Watcher())
+
+    handler = signal.getsignal(signal.SIGINT)
+    stopped = _start(tmp_path / "parts")
+    outcome = stopped.train(Watcher(interrupt_at=3))
+    assert (outcome.step, outcome.interrupted, outcome.scores) == (3, True, {})
+    assert signal.getsignal(signal.SIGINT) == handler
+    load_model(outcome.checkpoint)
+
+    resumed = resume_run(tmp_path / "parts")
+    watcher = Watcher()
+    assert not resumed.train(watcher).interrupted
+    assert watcher.steps == [4, 5, 6, 7, 8]
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_ctrl_c_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
+    outcome = _start(tmp_path).train(Watcher(interrupt_at=STEPS))
+    assert not outcome.interrupted
+    assert outcome.scores
+
+
+def test_a_crash_between_checkpoints_goes_on_from_the_last(tmp_path: Path) -> None:
+    run = _start(tmp_path, checkpoint_every=2)
+
+    class Crash(Watcher):
+        def update(self, report: StepReport) -> None:
+            if report.step == 5:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run.train(Crash())
+    resumed = resume_run(tmp_path)
+    assert resumed.step == 4
+    resumed.train(Watcher())
+    assert [step for step, _ in _losses(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_run_may_be_made_longer(tmp_path: Path) -> None:
+    _start(tmp_path, steps=3).train(Watcher())
+    with pytest.raises(ValueError, match="has done 3 of 3 steps: nothing is left"):
+        resume_run(tmp_path)
+    longer = resume_run(tmp_path, steps=5)
+    assert longer.train(Watcher()).step == 5
+
+
+def test_divergence_leaves_the_checkpoints_so_far(tmp_path: Path) -> None:
+    run = _start(tmp_path, checkpoint_every=2)
+
+    class Poison(Watcher):
+        def update(self, report: StepReport) -> None:
+            if report.step == 3:
+                with torch.no_grad():
+                    run.model.norm.weight.fill_(float("nan"))
+
+    with pytest.raises(DivergedError, match="step 4"):
+        run.train(Poison())
+    assert find_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    _start(tmp_path, steps=1).train(Watcher())
+    with pytest.raises(ValueError, match="already holds a run; go on with it"):
+        _start(tmp_path)
+    with pytest.raises(ValueError, match="is a checkpoint; --resume takes the run's folder"):
+        resume_run(find_checkpoint(tmp_path))
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        resume_run(tmp_path / "nothing")
