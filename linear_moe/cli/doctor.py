@@ -18,6 +18,8 @@ from linear_moe.rules.scan import implementations
 
 LARGEST_ERROR = 1e-9
 """Between two implementations in float64, relative to the largest number."""
+LARGEST_GPU_ERROR = 1e-2
+"""Of float32 on a GPU against float64: tensor cores may round products to 10 bits."""
 PACKAGES = ("torch", "triton", "safetensors", "matplotlib", "hypothesis")
 
 
@@ -42,8 +44,11 @@ def doctor() -> None:
         start = time.perf_counter()
         try:
             what, error = check_rule(name)
-            verdict = "ok" if error <= LARGEST_ERROR else "WRONG"
-            shown = f"{error:.1e}"
+            right, shown = error <= LARGEST_ERROR, f"{error:.1e}"
+            if torch.cuda.is_available():
+                on_gpu = check_rule_on_gpu(name)
+                right, shown = right and on_gpu <= LARGEST_GPU_ERROR, f"{shown}, GPU {on_gpu:.1e}"
+            verdict = "ok" if right else "WRONG"
         except Exception as problem:
             # A plugin's rule may fail in any way; the others are still to be checked.
             what, verdict, shown = f"{type(problem).__name__}: {problem}", "FAILED", "-"
@@ -62,10 +67,7 @@ def check_rule(name: str) -> tuple[str, float]:
     Each float64 implementation is held against the token loop; a rule that has only that, whole against in two parts with
     a carried state.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 37, 16, dtype=torch.float64, generator=generator)
-    torch.manual_seed(0)
-    layer = MoMLayer(16, name, num_heads=2, head_dim=8, num_memories=3, top_k=2, impl="recurrent", dtype=torch.float64)
+    layer, x = _small_case(name)
     wanted = _outputs(layer, x)
     # Kernels have no float64; they are held to their own budget by the tests.
     others = [impl for impl in implementations(get_rule(name).form) if impl not in ("recurrent", "triton")]
@@ -79,6 +81,24 @@ def check_rule(name: str) -> tuple[str, float]:
         layer.impl = impl
         errors += [_relative(a, b) for a, b in zip(_outputs(layer, x), wanted, strict=True)]
     return f"{', '.join(others)} = recurrent", max(errors)
+
+
+def check_rule_on_gpu(name: str) -> float:
+    """The largest relative error of float32 on the first GPU, by whatever runs there, against float64 on the CPU."""
+    layer, x = _small_case(name)
+    wanted = _outputs(layer, x)
+    layer = layer.float().cuda()
+    layer.impl = "auto"
+    came = _outputs(layer, x.float().cuda())
+    return max(_relative(a.double().cpu(), b) for a, b in zip(came, wanted, strict=True))
+
+
+def _small_case(name: str) -> tuple[MoMLayer, torch.Tensor]:
+    """A float64 mixture that runs its rule token by token, and its input."""
+    x = torch.randn(2, 37, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layer = MoMLayer(16, name, num_heads=2, head_dim=8, num_memories=3, top_k=2, impl="recurrent", dtype=torch.float64)
+    return layer, x
 
 
 def _outputs(layer: MoMLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

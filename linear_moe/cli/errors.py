@@ -32,6 +32,9 @@ def explained(command: Callable[_P, None]) -> Callable[_P, None]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:
+            # `| head`: nobody is left to be told.
+            raise
         except (ValueError, OSError, MissingExtraError, DivergedError) as error:
             if _tracebacks:
                 raise

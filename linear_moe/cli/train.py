@@ -101,6 +101,8 @@ def train(
             batch_size=batch_size,
         )
         _refuse_other_tasks(context, task)
+        if pattern and (data is None or data.is_file()):
+            raise ValueError("--pattern would be ignored: it chooses among the files of a folder, which --data names")
         settings = TrainSettings(
             steps=steps,
             learning_rate=learning_rate,

@@ -64,7 +64,7 @@ def _run_part(
 ) -> tuple[Tensor, Tensor]:
     """The equations above for a run of steps: the reads `[NC * H, C, V]` and the state after them `[N * H, K, V]`."""
     q, k, v = (chunks.split(x, part) for x in (tokens.q, tokens.k, tokens.v))
-    decays = None if tokens.log_decay is None else chunks.split(tokens.log_decay, part).cumsum(-2)
+    decays = None if tokens.log_decay is None else _summed(chunks.split(tokens.log_decay, part))
     erases = form.erase is Erase.DELTA
     inside = _inside(q, k, decays, erases)
     if erases:
@@ -79,6 +79,13 @@ def _run_part(
         written = v
         starts, state = _walk_adding(chunks, inside, v, state)
     return torch.bmm(inside.q_in, starts).baddbmm_(inside.reads, written, beta=scale, alpha=scale), state
+
+
+def _summed(log_decay: Tensor) -> Tensor:
+    """G. One decay for all channels is summed in float64, which costs nothing there: a pair's decay is a small difference of
+    large sums.
+    """
+    return log_decay.cumsum(-2, dtype=torch.float64 if log_decay.shape[-1] == 1 else None)
 
 
 class _Inside(NamedTuple):
@@ -102,15 +109,15 @@ def _inside(q: Tensor, k: Tensor, decays: Tensor | None, erases: bool) -> _Insid
     if decays is None:
         reads = lower_products(q, k)
         return _Inside(q, k, k, None, reads, lower_products(k, k) if erases else None)
-    from_start, last = decays.exp(), decays[:, -1:]
-    q_in, k_in, carry = q * from_start, k * from_start if erases else k, last.exp()
+    from_start, last = decays.exp().to(q.dtype), decays[:, -1:]
+    q_in, k_in, carry = q * from_start, k * from_start if erases else k, last.exp().to(q.dtype)
     if decays.device.type == "cpu" and float(last.detach().amin()) > -SAFE_EXPONENT:
-        k_back = k * (-decays).exp()
+        k_back = k * (-decays).exp().to(k.dtype)
         reads = lower_products(q_in, k_back)
         return _Inside(q_in, k_in, k_back * carry, carry.mT, reads, lower_products(k_in, k_back) if erases else None)
-    k_out = k * (last - decays).exp()
+    k_out = k * (last - decays).exp().to(k.dtype)
     if decays.shape[-1] == 1:
-        pairs = pair_decays(decays)
+        pairs = pair_decays(decays).to(q.dtype)
         reads, overlaps = torch.bmm(q, k.mT) * pairs, torch.bmm(k, k.mT) * pairs if erases else None
     else:
         reads, overlaps = decayed_products(q, k, decays), decayed_products(k, k, decays) if erases else None

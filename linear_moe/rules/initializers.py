@@ -17,7 +17,6 @@ DT_FLOOR = 1e-4
 
 def log_uniform_matrix(low: float, high: float) -> Initializer:
     """`A_log`: the logarithm of a number drawn uniformly from (low, high)."""
-
     return functools.partial(_log_uniform, low, high)  # and no closure: a layer can be pickled
 
 

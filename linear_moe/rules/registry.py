@@ -75,11 +75,7 @@ def _load_plugins() -> None:
     _plugins_loaded = True
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
-            rule = entry_point.load()
-            if isinstance(rule, type) and not issubclass(rule, UpdateRule):
-                raise ValueError(f"{entry_point.value} is no subclass of UpdateRule")
-            if isinstance(rule, type) and entry_point.name not in _registry:
-                register_rule(entry_point.name)(rule)
+            register_rule(entry_point.name)(entry_point.load())
         except Exception as error:
             warnings.warn(
                 f"the rule plugin {entry_point.name!r} ({entry_point.value}) could not be loaded: "

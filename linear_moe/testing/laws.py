@@ -142,6 +142,8 @@ class Law:
     applies: Callable[[type[UpdateRule]], bool] = lambda rule: True
     """Whether the law speaks of this rule."""
     sizes: Sizes = ORDINARY_SIZES
+    max_examples: int | None = None
+    """A slow law is tried on no more inputs than these."""
 
     def __call__(self, case: Case) -> None:
         """Try the law on a case.

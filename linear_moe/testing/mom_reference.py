@@ -190,12 +190,14 @@ class _Reference:
         layer, matrices = self.layer, {}
         for names, fused in (
             (layer.memory_projections, layer.memory_weight),
-            (layer.token_projections, layer.token_weight[None]),
+            (layer.token_projections, layer.token_weight),
         ):
             start = 0
             for name, spec in names.items():
                 width = spec.width if spec.rank is None else spec.rank
-                matrices[name] = [fused[:, start : start + width].to(self.dtype)]
+                assert fused is not None
+                rows = fused[..., start : start + width, :]
+                matrices[name] = [rows.reshape(-1, *rows.shape[-2:]).to(self.dtype)]
                 start += width
                 if spec.rank is not None:
                     matrices[name].append(layer.second_stage[name].to(self.dtype))

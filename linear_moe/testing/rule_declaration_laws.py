@@ -18,14 +18,19 @@ def _tokens(case: Case) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         where = f"of {str(dtype).removeprefix('torch.')} projections"
         inputs = draw(replace(case, tokens="rule"), dtype)
-        tokens = inputs.tokens()
-        for name, x in (("q", tokens.q), ("k", tokens.k), ("v", tokens.v), *tokens.extras.items()):
+        tokens, again = inputs.tokens(), inputs.tokens()
+        for name, x in _named(tokens).items():
             require_finite(f"{name} {where}", x)
+            require_same_bits(f"{name} {where}, made again,", _named(again)[name], x)
         _require_shapes(rule, tokens, (1, sum(case.lengths)), where)
         _require_gates(tokens, where)
         # A hundred standard deviations: saturated gates, as a training run that goes wrong makes them.
         large = {name: 100 * x for name, x in inputs.by_token.items()}
         _require_gates(inputs.with_tensors(large).tokens(), f"{where} a hundred times as large")
+
+
+def _named(tokens: Tokens) -> dict[str, Tensor]:
+    return {name: x for name, x in tokens._asdict().items() if isinstance(x, Tensor)} | dict(tokens.extras)
 
 
 def _require_shapes(rule: UpdateRule, tokens: Tokens, leading: tuple[int, int], where: str) -> None:
@@ -153,7 +158,8 @@ def _form(case: Case) -> None:
 DECLARATION_LAWS: tuple[Law, ...] = (
     Law(
         "tokens-in-range",
-        "a rule's tokens are finite and of the declared shapes; log_decay is at most 0, and gates are float32 or better",
+        "a rule's tokens are finite, of the declared shapes and the same each time; log_decay is at most 0, and gates are "
+        "float32 or better",
         _tokens,
     ),
     Law(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from linear_moe.testing.laws import Law
 from linear_moe.testing.rule_declaration_laws import DECLARATION_LAWS
-from linear_moe.testing.rule_number_laws import NUMBER_LAWS
+from linear_moe.testing.rule_number_laws import FINITE_LAW, NUMBER_LAWS
 from linear_moe.testing.rule_scan_laws import SCAN_LAWS
 
-RULE_LAWS: tuple[Law, ...] = (*DECLARATION_LAWS, *SCAN_LAWS, *NUMBER_LAWS)
+RULE_LAWS: tuple[Law, ...] = (*DECLARATION_LAWS, FINITE_LAW, *SCAN_LAWS, *NUMBER_LAWS)

@@ -44,9 +44,8 @@ def optimise(
     Raises:
         DivergedError: naming the step whose loss or gradient is not finite. The parameters are as before that step.
     """
-    device = next(model.parameters()).device
     for step in range(start, settings.steps):
-        batches = [task.batch(step * settings.accumulate + part).to(device) for part in range(settings.accumulate)]
+        batches = [task.batch(step * settings.accumulate + part) for part in range(settings.accumulate)]
         model.train()
         rate = learning_rate(step, settings)
         set_learning_rate(optimizer, rate)
@@ -73,12 +72,13 @@ def accumulate_gradients(model: LanguageModel, batches: Sequence[Batch], precisi
     A batch counts by its labels. Its auxiliary losses take the same factor, attached or collected.
     """
     counts = [batch.num_labels for batch in batches]
+    device = next(model.parameters()).device
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
         share = count / max(sum(counts), 1)
         # Before the forward: what is attached is attached with the scale of that moment.
         set_auxiliary_scale(model, share)
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = label_loss(model, batch) * share
         (loss + share * collect_auxiliary_losses(model).to(loss.device)).backward()
         total += float(loss.detach())
@@ -88,6 +88,10 @@ def accumulate_gradients(model: LanguageModel, batches: Sequence[Batch], precisi
 
 def label_loss(model: LanguageModel, batch: Batch) -> Tensor:
     """Mean cross entropy over the batch's labels, in nats. Only labelled positions go through the head."""
-    hidden = model.hidden(batch.tokens, cu_seqlens=batch.cu_seqlens)
-    labelled = batch.labels != IGNORE_INDEX
-    return F.cross_entropy(model.logits(hidden[labelled]).float(), batch.labels[labelled])
+    device = next(model.parameters()).device
+    # Found where the batch is made, on the CPU: on a GPU their number would have to be waited for.
+    places = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    labels = batch.labels.flatten()[places].to(device)
+    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
+    hidden = model.hidden(batch.tokens.to(device), cu_seqlens=borders).flatten(0, 1)
+    return F.cross_entropy(model.logits(hidden[places.to(device)]).float(), labels)

@@ -158,6 +158,7 @@ def test_train_on_text_and_write_some(tmp_path: Path) -> None:
     refused(*other, "--data", tmp_path / "empty.txt", says="is empty")
     refused(*other, "--data", tmp_path / "missing", says="neither a file nor a folder")
     refused(*other, "--data", tmp_path / "folder", says="has no file named like text")
+    refused(*other, "--pattern", "*.txt", says="--pattern would be ignored")
     refused(*other, "--problem", "16:2", says="--problem would be ignored: it belongs to --task mqar, not text")
     assert not (tmp_path / "other").exists()
 

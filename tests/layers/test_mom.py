@@ -241,3 +241,17 @@ def test_an_impl_that_can_not_run_here_is_refused() -> None:
     with pytest.raises(ValueError, match=r"impl='triton' can't run here: .*; available: auto, chunked, recurrent"):
         # No kernel takes float64, wherever it runs.
         small(impl="triton", dtype=torch.float64)(torch.randn(1, 3, 8, dtype=torch.float64))
+
+
+def test_a_batch_of_no_sequences_gives_none() -> None:
+    assert small()(torch.randn(0, 5, 8)).shape == (0, 5, 8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("memory, query", [("shared", "shared"), ("memory", "memory"), ("shared", "memory")])
+def test_every_parameter_has_a_number_and_a_gradient(rule: str, memory: str, query: str) -> None:
+    """A parameter without either would stop distributed training, which waits for the gradient of each."""
+    layer = small(rule, memory_projections=memory, query_projection=query, learned_initial_memory=True)
+    layer(torch.randn(2, 3, 8)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.numel() and parameter.grad is not None, name

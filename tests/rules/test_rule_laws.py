@@ -21,9 +21,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gated_deltanet": [{}, {"allow_negative_eigenvalues": True}],
 }
 
-EXAMPLES = {"gradients-are-derivatives": 3, "float32-budget": 5}
-"""A law's inputs, where it is slow."""
-
 LAWS = {law.name: law for law in RULE_LAWS}
 
 every_rule = pytest.mark.parametrize("rule", rule_names())
@@ -34,9 +31,8 @@ every_rule = pytest.mark.parametrize("rule", rule_names())
 def test_law(law: Law, rule: str) -> None:
     """`test_law[the law-the rule]`, so that a failure names both."""
     assert law.applies(get_rule(rule))
-    examples = EXAMPLES.get(law.name, 6)
 
-    @settings(max_examples=examples)
+    @settings(max_examples=min(6, law.max_examples or 6))
     @given(rule_cases(get_rule(rule), options=OPTIONS.get(rule, [{}]), sizes=law.sizes))
     def holds(case: Case) -> None:
         law(case)

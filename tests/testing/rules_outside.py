@@ -216,9 +216,9 @@ class Random(Fading):
 
 
 class Raises(Fading):
-    """It can't take a single token."""
+    """It can't take more than two tokens."""
 
     def qk_transform(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if q.shape[1] == 1:
-            raise RuntimeError("one token is not enough")
+        if q.shape[1] > 2:
+            raise RuntimeError("three tokens are too many")
         return q, k

@@ -36,7 +36,7 @@ def test_one_worker_is_this_process() -> None:
     assert num_cores() >= 1
 
 
-@pytest.mark.parametrize(("job", "named"), [(-1, "ValueError: no job is -1"), (101, "died with exit code 101")])
-def test_a_job_that_fails_ends_the_others(job: int, named: str) -> None:
+@pytest.mark.parametrize(("jobs", "named"), [([-1], "ValueError: no job is -1"), ([101, 1], "died with exit code 101")])
+def test_a_job_that_fails_ends_the_others(jobs: list[int], named: str) -> None:
     with pytest.raises(RuntimeError, match=named):
-        list(run_jobs(work, [job, 1], workers=2))
+        list(run_jobs(work, jobs, workers=2))

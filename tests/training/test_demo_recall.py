@@ -70,7 +70,7 @@ def test_a_study_from_end_to_end(tmp_path: Path) -> None:
     assert [design.design for design in study.designs] == ["few", "many"]
     assert all(len(design.results) == 2 for design in study.designs)
     assert all(len({result.seed for result in design.results}) == 2 for design in study.designs)
-    assert (seen[0], seen[-1]) == (("tuning the learning rates", 0, 8), ("the study", 16, 16))
+    assert (seen[0], seen[-1]) == (("tuning the learning rates", 0, 16), ("the study", 16, 16))
 
     console = Console(file=io.StringIO(), width=150)
     console.print(study_table(study))

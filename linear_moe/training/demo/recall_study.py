@@ -40,7 +40,6 @@ class StudySize:
         designs: a configuration for each design, by its name.
         settings: of every run, but for learning rate and seed.
         learning_rates: among which each design's is chosen.
-        tuning_fraction: length of a tuning run, in parts of a run.
         num_seeds: runs of each design.
         batch_size: sequences a step.
         held_out_size: sequences of the final score.
@@ -50,9 +49,8 @@ class StudySize:
     designs: dict[str, ModelConfig]
     settings: TrainSettings
     learning_rates: tuple[float, ...]
-    tuning_fraction: float = 0.5
     num_seeds: int = 3
-    batch_size: int = 32
+    batch_size: int = 16
     held_out_size: int = 2000
 
 
@@ -149,10 +147,9 @@ def run_study(size: StudySize, *, workers: int, device: str, on_steps: Callable[
 
 
 def tuning_jobs(size: StudySize, device: str) -> list[RecallJob]:
-    """Every design with every learning rate, on the tuning seed."""
-    steps = max(round(size.settings.steps * size.tuning_fraction), 1)
+    """Every design with every learning rate, on the tuning seed, at full length: shorter runs favour what rises early."""
     return [
-        _job(size, design, device, steps=steps, learning_rate=rate, seed=TUNING_SEED)
+        _job(size, design, device, learning_rate=rate, seed=TUNING_SEED)
         for design in _slowest_first(size.designs)
         for rate in size.learning_rates
     ]
