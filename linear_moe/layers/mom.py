@@ -161,12 +161,12 @@ class MoMLayer(RecurrentMixer):
 
     def inactive_parameters(self) -> int:
         """Parameters of the memories that a token does not use: `num_memories - top_k` memories' own."""
-        stacked = [self.memory_weight, *(self.second_stage[n] for n in self.second_stage)]
+        stacked = [*(self.second_stage[n] for n in self.second_stage)]
         stacked += [self.projection_bias[n] for n in self.projection_bias]
         stacked += [
             p for n, p in self.gate_parameters.named_parameters() if self.gate_parameters.declared[n].per_memory
         ]
-        stacked += [] if self.initial_memory is None else [self.initial_memory]
+        stacked += [p for p in (self.memory_weight, self.initial_memory) if p is not None]
         own: int = sum(p[0].numel() for p in stacked if p.shape[0] == self.num_states)
         return own * (self.num_memories - self.top_k)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -103,11 +103,13 @@ class RecurrentMixer(nn.Module, ABC):
         }
         self.memory_projections = {name: spec for name, spec in declared.items() if by_memory[name]}
         self.token_projections = {name: spec for name, spec in declared.items() if not by_memory[name]}
-        # One fused matrix for all projections of a kind: one matmul, and the rows of a name are a slice of it.
+        # One fused matrix for all projections of a kind: one matmul, and the rows of a name are a slice of it. None without
+        # rows: a parameter of no numbers gets no gradient, which data-parallel training waits for.
         memory_rows = sum(_first_width(spec) for spec in self.memory_projections.values())
         token_rows = sum(_first_width(spec) for spec in self.token_projections.values())
-        self.memory_weight = nn.Parameter(torch.empty(num_states, memory_rows, hidden_size, **factory))
-        self.token_weight = nn.Parameter(torch.empty(token_rows, hidden_size, **factory))
+        shape = (num_states, memory_rows, hidden_size)
+        self.memory_weight = nn.Parameter(torch.empty(shape, **factory)) if memory_rows else None
+        self.token_weight = nn.Parameter(torch.empty(token_rows, hidden_size, **factory)) if token_rows else None
         self.second_stage = nn.ParameterDict()
         self.projection_bias = nn.ParameterDict()
         for name, spec in declared.items():
@@ -148,7 +150,8 @@ class RecurrentMixer(nn.Module, ABC):
             (self.memory_weight, self.memory_projections),
             (self.token_weight, self.token_projections),
         ):
-            for part in weight.split([_first_width(spec) for spec in specs.values()], -2):
+            widths = [_first_width(spec) for spec in specs.values()]
+            for part in () if weight is None else weight.split(widths, -2):
                 xavier_init_(part)
         for weight in (*self.second_stage.values(), self.gate_proj.weight, self.out_proj.weight):
             xavier_init_(weight)
@@ -261,12 +264,12 @@ class RecurrentMixer(nn.Module, ABC):
         slots = torch.arange(plan.order.shape[0], device=tokens.device)
         memory = torch.searchsorted(cu_memories[1:], slots, right=True).clamp_max(self.num_states - 1)
         first: dict[str, Tensor] = {}
-        if self.memory_projections:
+        if self.memory_weight is not None:
             routed = gather_tokens(tokens, plan, fan_out)
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
             parts = self._memory_linear(routed, self.memory_weight, cu_memories).split(widths, -1)
             first |= dict(zip(self.memory_projections, parts, strict=True))
-        if self.token_projections:
+        if self.token_weight is not None:
             widths = [_first_width(spec) for spec in self.token_projections.values()]
             projected = gather_tokens(F.linear(tokens, self.token_weight), plan, fan_out)
             first |= dict(zip(self.token_projections, projected.split(widths, -1), strict=True))
@@ -395,12 +398,23 @@ def _first_width(spec: Projection) -> int:
     return spec.width if spec.rank is None else spec.rank
 
 
+def _is_a(value: object, expected: type) -> bool:
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else expected)
+
+
 def _build_rule(rule: str | type[UpdateRule], dims: RuleDims, options: Mapping[str, Any] | None) -> UpdateRule:
     cls = get_rule(rule) if isinstance(rule, str) else rule
     if not (isinstance(cls, type) and issubclass(cls, UpdateRule)):
         raise ValueError(f"rule must be the name of a registered rule or a subclass of UpdateRule, got {rule!r}")
     allowed: Iterable[str] = [field.name for field in fields(cls) if field.name != "dims"]
-    for name in options or {}:
+    types = get_type_hints(cls)
+    for name, value in (options or {}).items():
         if name not in allowed:
             raise ValueError(f"rule {cls.name!r} has no option {name!r}; it has: {', '.join(allowed) or 'none'}")
+        expected = types[name]
+        # Plain types only: what else a rule's options may be is for the rule to check. A whole number is a float, too.
+        if expected in (bool, int, float, str) and not _is_a(value, expected):
+            raise ValueError(f"option {name!r} of rule {cls.name!r} must be a {expected.__name__}, got {value!r}")
     return cls(dims, **(options or {}))

@@ -171,7 +171,8 @@ def _matrix_flops(block: nn.Module) -> int:
             numbers += part.top_k * (part.in_weight[0].numel() + part.out_weight[0].numel())
         elif isinstance(part, RecurrentMixer):
             uses = _memories_a_token(part)
-            numbers += uses * part.memory_weight[0].numel() + part.token_weight.numel()
+            numbers += 0 if part.memory_weight is None else uses * part.memory_weight[0].numel()
+            numbers += 0 if part.token_weight is None else part.token_weight.numel()
             for name, second in part.second_stage.items():
                 numbers += second[0].numel() * (uses if name in part.memory_projections else 1)
     return 2 * numbers

@@ -255,3 +255,19 @@ def test_every_parameter_has_a_number_and_a_gradient(rule: str, memory: str, que
     layer(torch.randn(2, 3, 8)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.numel() and parameter.grad is not None, name
+
+
+@pytest.mark.parametrize(
+    "options", [{"gate_rank": "x"}, {"gate_rank": 2.0}, {"short_conv": "yes"}, {"gate_rank": True}]
+)
+def test_rule_options_of_another_type_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"option '{name}' of rule 'gla' must be a (int|bool), got"):
+        MoMLayer(8, "gla", num_heads=2, head_dim=4, rule_options=options)
+
+
+@pytest.mark.parametrize("options", [{"memory_projections": "shared"}, {"query_projection": "memory"}, {}])
+def test_every_parameter_has_numbers_and_a_gradient(options: dict[str, Any]) -> None:
+    layer = small(**options)
+    layer(torch.randn(2, 5, 8)).sum().backward()
+    assert all(parameter.numel() and parameter.grad is not None for parameter in layer.parameters())

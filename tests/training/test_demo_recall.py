@@ -120,13 +120,18 @@ def test_words_follow_numbers() -> None:
     assert _summary("one", [0.5]).deviation == 0.0
 
 
-def test_settled_means_that_the_end_added_little() -> None:
+def test_what_is_still_learning_is_said() -> None:
     climbing = _summary("a", [0.9], curve=[(50, 0.1), (80, 0.5), (100, 0.9)])
     flat = _summary("b", [0.9], curve=[(50, 0.1), (80, 0.89), (100, 0.9)])
+    low = _summary("c", [0.2])
     assert (climbing.late_gain, flat.late_gain) == (pytest.approx(0.4), pytest.approx(0.01))
-    remarks = list(study_remarks(Study([climbing, flat], [], 0.0), _size()))
-    assert any(remark.startswith("a: ") and "not settled" in remark for remark in remarks)
-    assert any(remark.startswith("b: ") and "not settled" not in remark for remark in remarks)
+    remarks = list(study_remarks(Study([climbing, flat, low], [], 0.0), _size()))
+    said = {remark[0]: remark for remark in remarks if remark[1:3] == ": "}
+    assert "still learning" in said["a"]
+    assert "still learning" not in said["b"]
+    assert "edge" in said["b"]
+    assert "hardly learned" in said["c"]
+    assert "hardly learned" not in said["a"]
 
 
 @pytest.mark.parametrize("name", ["quick", "cpu", "gpu"], ids="size {}".format)

@@ -20,6 +20,7 @@ class StudyDisplay:
         self._task: TaskID | None = None
         self._phase = ""
         self._shown = 0.0
+        self._done = 0
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=console)
@@ -43,6 +44,7 @@ class StudyDisplay:
                 self._task = self._bar.add_task(phase, total=total)
             assert self._task is not None
             self._bar.update(self._task, completed=done)
-        elif new or done == total or time.perf_counter() - self._shown > LINE_EVERY_S:
+        elif new or (done == total != self._done) or time.perf_counter() - self._shown > LINE_EVERY_S:
             self._shown = time.perf_counter()
             self._console.print(f"{phase}: {done:,} of {total:,} steps")
+        self._done = done

@@ -14,8 +14,8 @@ from linear_moe.training.demo.recall_study import DesignSummary, RecallResult, S
 from linear_moe.training.extras import require
 
 COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3", "#937860")
-SETTLED = 0.02
-"""Accuracy that the last fifth of the steps may still add in a run that is called settled."""
+STILL_RISING = 0.02
+"""Accuracy that the last fifth of the steps, at a learning rate near 0, adds to a run that is called unfinished."""
 
 
 def study_table(study: Study) -> Table:
@@ -38,18 +38,23 @@ def study_table(study: Study) -> Table:
 
 def study_remarks(study: Study, size: StudySize) -> Iterator[str]:
     """What the table does and does not say."""
-    problem = size.problem
+    problem, chance = size.problem, 2 / size.problem.vocab_size
     yield (
         f"{problem.num_pairs} pairs in {problem.length} tokens, vocabulary {problem.vocab_size}; every run "
-        f"{size.settings.steps} steps of {size.batch_size} sequences; guessing gives {2 / problem.vocab_size:.3f}. "
+        f"{size.settings.steps} steps of {size.batch_size} sequences; guessing gives {chance:.3f}. "
         f"Learning rates: of {', '.join(f'{rate:g}' for rate in size.learning_rates)} each design's best on another seed."
     )
     for design in study.designs:
-        edge = design.learning_rate in (min(size.learning_rates), max(size.learning_rates))
         notes = [f"the last fifth of the steps added {design.late_gain:+.3f}"]
-        notes[0] += ": settled" if abs(design.late_gain) <= SETTLED else ": not settled"
-        if edge and len(size.learning_rates) > 1:
-            notes.append("its learning rate is at the edge of the range tried")
+        if design.late_gain > STILL_RISING:
+            notes.append("it is still learning")
+        if design.mean < 3 * chance:
+            notes.append("it has hardly learned anything yet")
+        if len(size.learning_rates) > 1 and design.learning_rate in (
+            min(size.learning_rates),
+            max(size.learning_rates),
+        ):
+            notes.append("its learning rate is at the edge of those tried")
         if any(result.diverged for result in design.results):
             notes.append("a run diverged and counts as it ended")
         yield f"{design.design}: {'; '.join(notes)}."

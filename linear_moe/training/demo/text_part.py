@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +62,7 @@ def run_text(size: TextSize, folder: Path, console: Console, *, device: str) -> 
 
 def _picture(run: Run, size: TextSize, folder: Path, console: Console) -> list[Path]:
     assert isinstance(run.task, TextTask)
-    # The longest held-out document surely fills the picture.
-    text = max(run.task.corpus.held_out, key=len)[: size.excerpt_bytes]
+    text = _typical(run.task.corpus.held_out, size.excerpt_bytes)
     layers = picks_of(run.model, text)
     files = [folder / "memories.txt", folder / "memories.png"]
     files[0].write_text("\n\n".join(plain(text, picks) for picks in layers) + "\n", encoding="utf-8")
@@ -73,3 +73,10 @@ def _picture(run: Run, size: TextSize, folder: Path, console: Console) -> list[P
             coloured(text, picks) if console.is_terminal else plain(text, picks), markup=False, soft_wrap=True
         )
     return files
+
+
+def _typical(documents: Sequence[bytes], length: int) -> bytes:
+    """The beginning of the document of median length among those that are long enough; of the longest if none is."""
+    ranked = sorted(documents, key=len)
+    enough = [document for document in ranked if len(document) >= length] or ranked[-1:]
+    return enough[len(enough) // 2][:length]
