@@ -164,8 +164,8 @@ def test_counts_and_precision() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-        ({"num_experts": 2, "top_k": 3}, r"top_k must be in \[1, num_experts = 2\], got 3"),
+        ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+        ({"num_experts": 2, "top_k": 3}, r"top_k must be an integer in \[1, num_experts = 2\], got 3"),
         ({"num_shared_experts": -1}, "num_shared_experts must be at least 0, got -1"),
         ({"ratio": 2.0, "width": 3}, "ratio and width were both given"),
         ({"router_score": "tanh"}, "router_score must be one of softmax, sigmoid"),
