@@ -67,6 +67,26 @@ def check(rule: str, heads: int, dim: int) -> None:
     assert_within_budget(measured("triton"), measured("chunked"), measured("chunked", torch.float64), torch.bfloat16)
 
 
+def measure(rule: str, inputs: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None) -> tuple[float, float, float]:
+    """Milliseconds forward, and forward + backward; MiB at the peak of both beyond the inputs."""
+    seed = torch.randn_like(inputs["v"])
+    learned = [x for x in inputs.values() if x.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(rule, inputs, "triton", cu_seqlens)
+
+    def both() -> None:
+        torch.autograd.grad(run(rule, inputs, "triton", cu_seqlens), learned, seed)
+
+    forward_ms, both_ms = median(forward), median(both)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    return forward_ms, both_ms, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def bandwidth() -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.randn(2**29, device="cuda")
@@ -102,23 +122,8 @@ def main() -> None:
             if segments:
                 cuts = torch.sort(torch.randperm(length - 1)[: segments - 1] + 1).values
                 cu_seqlens = torch.tensor([0, *cuts.tolist(), length], device="cuda")
-            seed = torch.randn_like(inputs["v"])
-            learned = [x for x in inputs.values() if x.requires_grad]
-
-            def forward() -> None:
-                with torch.no_grad():
-                    run(rule, inputs, "triton", cu_seqlens)
-
-            def both() -> None:
-                torch.autograd.grad(run(rule, inputs, "triton", cu_seqlens), learned, seed)
-
+            forward_ms, both_ms, peak = measure(rule, inputs, cu_seqlens)
             tensor_bytes = 2 * batch * length * heads * dim
-            forward_ms, both_ms = median(forward), median(both)
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            both()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
             row = {
                 "shape": name, "rule": rule, "forward_ms": round(forward_ms, 3), "both_ms": round(both_ms, 3),
                 "peak_MiB": round(peak), "forward_over_floor": round(forward_ms / (4e3 * tensor_bytes / speed), 2),
