@@ -383,7 +383,7 @@ def _num_processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     # The interpreter: small enough that tests of a few hundred tokens are split.
-    return 2
+    return 8
 
 
 class _ScalarScan(torch.autograd.Function):

@@ -147,7 +147,7 @@ def test_splits_change_nothing(decay: Decay, monkeypatch: pytest.MonkeyPatch) ->
     pieces = []
     original = splits.cut
     monkeypatch.setattr(scalar_scan, "cut", lambda *arguments: pieces.append(original(*arguments)) or pieces[-1])
-    monkeypatch.setattr(scalar_scan, "_num_processors", lambda device: 2)
+    monkeypatch.setattr(scalar_scan, "_num_processors", lambda device: 8)
     check_against_chunked(scalar_scan, decay, [0, 150, 1, 33], heads=1, K=16, V=16)
     assert pieces, "the case was meant to be split"
     assert pieces[0].num_pieces > 4
@@ -223,6 +223,6 @@ def test_seeded_bugs_are_caught(bug: str, tmp_path: Path) -> None:
     seeded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = seeded
     spec.loader.exec_module(seeded)
-    seeded._num_processors = lambda device: 2
+    seeded._num_processors = lambda device: 8
     with pytest.raises(AssertionError, match="over the error budget"):
         check_against_chunked(seeded, Decay.SCALAR, [70, 90, 5], heads=2, K=16, V=16, spare=2)

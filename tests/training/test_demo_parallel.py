@@ -5,19 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+from parallel_work import work
 
-from linear_moe.training.demo.parallel import Report, num_cores, run_jobs
-
-
-def work(job: int, report: Report) -> tuple[int, int, int]:
-    if job < 0:
-        raise ValueError(f"no job is {job}")
-    if job > 100:
-        os._exit(job)
-    report(2)
-    report(1)
-    return job * job, os.getpid(), torch.get_num_threads()
+from linear_moe.training.demo.parallel import num_cores, run_jobs
 
 
 def test_jobs_are_spread_over_processes_of_one_thread() -> None:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from small_models import PROBLEM, small_config
 
+from linear_moe.data.mqar import MQAR
 from linear_moe.training.demo.recall_report import plot_study, study_remarks, study_table, write_csv
 from linear_moe.training.demo.recall_study import (
     TUNING_SEED,
@@ -27,10 +28,13 @@ from linear_moe.training.demo.recall_study import (
 from linear_moe.training.demo.sizes import DESIGNS, demo_size
 from linear_moe.training.settings import TrainSettings
 
+EASIER = MQAR(vocab_size=16, length=8, num_pairs=1)
+
 
 def _size() -> StudySize:
     return StudySize(
         problem=PROBLEM,
+        practice=(EASIER,),
         designs={"few": small_config(num_memories=3), "many": small_config(num_memories=4)},
         settings=TrainSettings(steps=4),
         learning_rates=(1e-3, 1e-2),
@@ -54,7 +58,12 @@ def test_designs_differ_in_nothing_but_their_configuration_and_rate() -> None:
     assert {(job.design, job.settings.seed, job.settings.learning_rate) for job in jobs} == {
         (design, seed, rate) for design, rate in (("few", 1e-3), ("many", 1e-2)) for seed in (0, 1)
     }
-    assert len({(job.problem, job.batch_size, job.settings.steps, job.settings.weight_decay) for job in jobs}) == 1
+    assert (
+        len(
+            {(job.problem, job.practice, job.batch_size, job.settings.steps, job.settings.weight_decay) for job in jobs}
+        )
+        == 1
+    )
     tuning = tuning_jobs(size, "cpu")
     assert {(job.design, job.settings.learning_rate) for job in tuning} == {
         (design, rate) for design in size.designs for rate in size.learning_rates
@@ -85,6 +94,8 @@ def test_a_study_from_end_to_end(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows] == ["tuning"] * 4 + ["study"] * 4
     plot_study(study, tmp_path / "runs.png")
+    assert "3 pairs in 16 tokens" in text
+    assert "1 pairs in 8" in text
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -143,6 +154,7 @@ def test_sizes_compare_a_memory_with_three_times_as_much_state(name: str) -> Non
     assert wide.head_value_dim == 3 * single.head_value_dim == 3 * mixture.head_value_dim
     assert single.head_dim == wide.head_dim == mixture.head_dim
     assert all(config.vocab_size == study.problem.vocab_size for config in study.designs.values())
+    assert all(config.vocab_size == easier.vocab_size for config in study.designs.values() for easier in study.practice)
     assert name == "quick" or study.num_seeds >= 3
 
 

@@ -40,10 +40,14 @@ def study_remarks(study: Study, size: StudySize) -> Iterator[str]:
     """What the table does and does not say."""
     problem, chance = size.problem, 2 / size.problem.vocab_size
     yield (
-        f"{problem.num_pairs} pairs in {problem.length} tokens, vocabulary {problem.vocab_size}; every run "
-        f"{size.settings.steps} steps of {size.batch_size} sequences; guessing gives {chance:.3f}. "
-        f"Learning rates: of {', '.join(f'{rate:g}' for rate in size.learning_rates)} each design's best on another seed."
+        f"Scored: {problem.num_pairs} pairs in {problem.length} tokens, vocabulary {problem.vocab_size}; guessing gives "
+        f"{chance:.3f}. Every run {size.settings.steps} steps of {size.batch_size} sequences."
     )
+    if size.practice:
+        easier = ", ".join(f"{practice.num_pairs} pairs in {practice.length}" for practice in size.practice)
+        yield f"Trained on such problems and, each as often, on {easier}, so that every seed begins to learn early."
+    rates = ", ".join(f"{rate:g}" for rate in size.learning_rates)
+    yield f"Learning rates: of {rates}, the one that did best for the design on another seed."
     for design in study.designs:
         notes = [f"the last fifth of the steps added {design.late_gain:+.3f}"]
         if design.late_gain > STILL_RISING:

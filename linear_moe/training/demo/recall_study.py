@@ -36,7 +36,9 @@ class StudySize:
     """How large the study is.
 
     Args:
-        problem: what is to be recalled.
+        problem: what is to be recalled, and scored.
+        practice: easier problems that training alternates with it, as the published training mix does: without them a run
+            may take most of its steps to begin to learn, and the spread between seeds is that of this wait.
         designs: a configuration for each design, by its name.
         settings: of every run, but for learning rate and seed.
         learning_rates: among which each design's is chosen.
@@ -46,6 +48,7 @@ class StudySize:
     """
 
     problem: MQAR
+    practice: tuple[MQAR, ...]
     designs: dict[str, ModelConfig]
     settings: TrainSettings
     learning_rates: tuple[float, ...]
@@ -60,6 +63,7 @@ class RecallJob(NamedTuple):
     design: str
     config: ModelConfig
     problem: MQAR
+    practice: tuple[MQAR, ...]
     settings: TrainSettings
     batch_size: int
     held_out_size: int
@@ -176,7 +180,13 @@ def run_recall_job(job: RecallJob, report: Report) -> RecallResult:
     torch.manual_seed(settings.seed)
     model = build_model(job.config, device=job.device)
     task, small = (
-        RecallTask([job.problem], batch_size=job.batch_size, seed=settings.seed, held_out_size=held_out)
+        RecallTask(
+            [*job.practice, job.problem],
+            batch_size=job.batch_size,
+            seed=settings.seed,
+            held_out_size=held_out,
+            held_out_problems=[job.problem],
+        )
         for held_out in (job.held_out_size, min(job.held_out_size, 256))
     )
     every = max(settings.steps // job.curve_points, 1)
@@ -221,6 +231,7 @@ def _job(size: StudySize, design: str, device: str, **settings: float) -> Recall
         design=design,
         config=size.designs[design],
         problem=size.problem,
+        practice=size.practice,
         settings=dataclasses.replace(size.settings, **settings),  # type: ignore[arg-type]
         batch_size=size.batch_size,
         held_out_size=size.held_out_size,
