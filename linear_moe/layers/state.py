@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATE_FORMAT = 1
+from linear_moe.layers.state_file import read_state_file, write_state_file
 
 
 @dataclass
@@ -71,10 +70,7 @@ class MemoryState:
 
     def save(self, path: str | Path) -> None:
         """Write to a file, aside first and then renamed: what stands at `path` is always whole."""
-        target = Path(path)
-        aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        torch.save({"format": STATE_FORMAT, "owner": self.owner, "tensors": self.tensors()}, aside)
-        os.replace(aside, target)
+        write_state_file(path, {"owner": self.owner, "tensors": self.tensors()})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> MemoryState:
@@ -83,18 +79,10 @@ class MemoryState:
         Raises:
             ValueError: if the file holds no memory state of this format.
         """
-        wrong = f"{path} holds no memory state of format {STATE_FORMAT}"
-        try:
-            content: Any = torch.load(Path(path), map_location=device, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:
-            # What torch raises for a file of another kind depends on that kind.
-            raise ValueError(f"{wrong}: {type(error).__name__}") from error
-        known = isinstance(content, dict) and content.get("format") == STATE_FORMAT
-        if not known or "memory" not in content.get("tensors", {}):
-            raise ValueError(wrong)
+        content = read_state_file(path, "memory", "tensors", device)
         tensors = content["tensors"]
+        if "memory" not in tensors:
+            raise ValueError(f"{path} holds no memory state")
         return cls(tensors["memory"], tensors.get("conv"), tensors["tokens_seen"], content["owner"])
 
     def _map(self, change: Any) -> MemoryState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from linear_moe.layers.attention_state import AttentionState
 from linear_moe.layers.state import MemoryState
+from linear_moe.layers.state_file import read_state_file, write_state_file
 
 LayerState = MemoryState | AttentionState
-STATE_FORMAT = 1
 
 
 @dataclass
@@ -61,18 +60,11 @@ class ModelState:
 
     def save(self, path: str | Path) -> None:
         """Write to a file, aside first and then renamed: what stands at `path` is always whole."""
-        target = Path(path)
-        aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         layers = [
             {"kind": type(layer).__name__, "owner": layer.owner, "tensors": layer.detach().tensors()}
             for layer in self.layers
         ]
-        content = {"format": STATE_FORMAT, "fingerprint": self.fingerprint, "layers": layers}
-        try:
-            torch.save(content, aside)
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_state_file(path, {"fingerprint": self.fingerprint, "layers": layers})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> ModelState:
@@ -81,16 +73,7 @@ class ModelState:
         Raises:
             ValueError: if the file holds no model state of this format.
         """
-        wrong = f"{path} holds no model state of format {STATE_FORMAT}"
-        try:
-            content: Any = torch.load(Path(path), map_location=device, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:
-            # What torch raises for a file of another kind depends on that kind.
-            raise ValueError(f"{wrong}: {type(error).__name__}") from error
-        if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or "layers" not in content:
-            raise ValueError(wrong)
+        content = read_state_file(path, "model", "layers", device)
         return cls([_read_layer(layer) for layer in content["layers"]], content["fingerprint"])
 
     def _map(self, change: Callable[[LayerState], LayerState]) -> ModelState:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linear_moe import MemoryLayer, MemoryState, MoMLayer
-from linear_moe.layers.state import STATE_FORMAT
+from linear_moe.layers.state_file import STATE_FORMAT
 
 
 def layer() -> MoMLayer:
