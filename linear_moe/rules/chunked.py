@@ -10,18 +10,25 @@ Inside a chunk that starts from state S_0, with G_t the sum of the log decays up
 
 Where looking at the decays is free, on a CPU, and e^-G stays in range, <q, k> is one product of q * e^G and k * e^-G.
 Everywhere else no exponent is ever positive, so a decay of 1e-6 a token is as right as one of 1.
+
+What reads a state is stacked into one matrix a chunk, `rows`: q, and with erase beta k above it. A state is then read once a
+step of the walk, and the products inside a chunk are made by one call.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.rules.base import Tokens
-from linear_moe.rules.segments import Chunks, Segments, cut
+from linear_moe.rules.segments import Chunks, PackedChunks, Segments, cut
+from linear_moe.rules.workspace import Workspace
 
 LONGEST_CHUNK = 64
 SHORTEST_CHUNK = 16
@@ -54,88 +61,229 @@ def chunked(
         The reads `[S, H, V]` and the final state `[N, H, K, V]`.
     """
     chunks = cut(segments, _chunk_length(form, tokens, segments), tokens.v.shape[1])
-    limit = None if torch.is_grad_enabled() else NUMBERS_A_PART // tokens.v[0].numel()
-    state, outputs = initial_state.flatten(0, 1), []
-    for part in chunks.parts(limit):
-        output, state = _run_part(form, tokens, chunks, part, state, scale)
-        outputs.append(output)
-    return chunks.merge(outputs), state.view_as(initial_state)
+    work = Workspace(tokens.v, reused=segments.dense and not torch.is_grad_enabled())
+    scan = _Scan(form, tokens, chunks, work, scale)
+    state = initial_state.flatten(0, 1)
+    if isinstance(chunks, PackedChunks) or not work.reused:
+        reads, state = scan.run(slice(None), slice(None), state)
+        return chunks.merge(reads), state.view_as(initial_state)
+    # The walk writes into the state that it is given, and may leave the last one in the workspace.
+    state, output = state.clone(), chunks.room(tokens.v)
+    places = chunks.split(output)
+    for steps, matrices in chunks.parts(NUMBERS_A_PART // tokens.v[0].numel()):
+        reads, state = scan.run(steps, matrices, state)
+        place = places[steps]
+        place.copy_(reads.view(place.shape))
+    return chunks.taken(output), state.clone().view_as(initial_state)
 
 
-def _run_part(
-    form: Recurrence, tokens: Tokens, chunks: Chunks, part: slice, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The equations above for a run of steps: the reads `[NC * H, C, V]` and the state after them `[N * H, K, V]`."""
-    q, k, v = (chunks.split(x, part) for x in (tokens.q, tokens.k, tokens.v))
-    decays = None if tokens.log_decay is None else _summed(chunks.split(tokens.log_decay, part))
-    erases = form.erase is Erase.DELTA
-    inside = _inside(q, k, decays, erases)
-    if erases:
-        assert tokens.beta is not None and inside.overlaps is not None
-        beta = chunks.split(tokens.beta[..., None], part)
-        # u = (I + L)^-1 beta (v - k_in S_0), L the strictly lower triangle of beta <k, k>. The inverse and two products are
-        # measured at half the time of solving for both terms: their K + V columns are wider than C.
-        inverse = _unit_lower_inverse(beta * inside.overlaps) * beta.mT
-        erased, fresh = torch.bmm(inverse, inside.k_in), torch.bmm(inverse, v)
-        starts, written, state = _walk_erasing(chunks, inside, erased, fresh, state)
-    else:
-        written = v
-        starts, state = _walk_adding(chunks, inside, v, state)
-    return torch.bmm(inside.q_in, starts).baddbmm_(inside.reads, written, beta=scale, alpha=scale), state
+class _Fading(NamedTuple):
+    """What the decays leave within each chunk, `[NC * H, ...]`."""
 
+    sums: Tensor
+    """`[C, K or 1]` G, in float32 where that is enough."""
+    from_start: Tensor
+    """`[C, K or 1]` e^G."""
+    to_start: Tensor | None
+    """`[C, K or 1]` e^-G; None where it may be out of range."""
+    carry: Tensor
+    """`[1, K or 1]` e^G_C."""
 
-def _summed(log_decay: Tensor) -> Tensor:
-    """G, in float64: a pair's decay is a small difference of sums that reach hundreds, and 1e-5 off in float32.
-
-    A decay a channel that fades little in a chunk, as one does at the start of training, is summed in float32 where a look is
-    free: its exponentials are most of the work.
-    """
-    if log_decay.shape[-1] > 1 and log_decay.device.type == "cpu":
-        sums = log_decay.cumsum(-2)
-        if float(sums[:, -1:].detach().amin()) > -MILD_EXPONENT:
-            return sums
-    return log_decay.cumsum(-2, dtype=torch.float64)
+    def of(self, matrices: slice) -> _Fading:
+        """The same of some of the chunks."""
+        to_start = None if self.to_start is None else self.to_start[matrices]
+        return _Fading(self.sums[matrices], self.from_start[matrices], to_start, self.carry[matrices])
 
 
 class _Inside(NamedTuple):
-    """What a chunk needs of q, k and the decays, `[NC * H, ...]`."""
+    """What a chunk needs of q, k, beta and the decays, `[NC * H, ...]`. With erase R = 2 C, else C."""
 
-    q_in: Tensor
-    """`[C, K]` q_t * e^G_t: reads what the chunk starts from."""
-    k_in: Tensor
-    """`[C, K]` k_t * e^G_t: erases from what the chunk starts from."""
+    rows: Tensor
+    """`[R, K]` what reads the state that the chunk starts from: q_t * e^G_t, and above it beta_t k_t * e^G_t."""
+    products: Tensor
+    """`[R, C]` of the same rows with every k_j, lower triangles: <q_t, k_j>, and above it beta_t <k_t, k_j>."""
     k_out: Tensor
     """`[C, K]` k_j * e^(G_C - G_j): writes to what the chunk ends with."""
     carry: Tensor | None
     """`[K or 1, 1]` e^G_C: what is left of the state; None without decay."""
-    reads: Tensor
-    """`[C, C]` <q_t, k_j>, lower triangle."""
-    overlaps: Tensor | None
-    """`[C, C]` <k_t, k_j>, lower triangle; None without erase."""
 
 
-def _inside(q: Tensor, k: Tensor, decays: Tensor | None, erases: bool) -> _Inside:
-    if decays is None:
-        reads = lower_products(q, k)
-        return _Inside(q, k, k, None, reads, lower_products(k, k) if erases else None)
-    from_start, last = decays.exp().to(q.dtype), decays[:, -1:]
-    q_in, k_in, carry = q * from_start, k * from_start if erases else k, last.exp().to(q.dtype)
-    if decays.device.type == "cpu" and float(last.detach().amin()) > -SAFE_EXPONENT:
-        k_back = k * (-decays).exp().to(k.dtype)
-        reads = lower_products(q_in, k_back)
-        return _Inside(q_in, k_in, k_back * carry, carry.mT, reads, lower_products(k_in, k_back) if erases else None)
-    k_out = k * (last - decays).exp().to(k.dtype)
-    if decays.shape[-1] == 1:
-        pairs = pair_decays(decays).to(q.dtype)
-        reads, overlaps = torch.bmm(q, k.mT) * pairs, torch.bmm(k, k.mT) * pairs if erases else None
+class _Scan:
+    """One call of `chunked`: its tokens cut into chunks, and the decays and strengths that all of its parts share."""
+
+    def __init__(self, form: Recurrence, tokens: Tokens, chunks: Chunks, work: Workspace, scale: float) -> None:
+        self.chunks, self.work, self.scale = chunks, work, scale
+        self.q, self.k, self.v = (chunks.split(x) for x in (tokens.q, tokens.k, tokens.v))
+        self.log_decay = None if tokens.log_decay is None else chunks.split(tokens.log_decay)
+        self.beta = None if tokens.beta is None else _matrices(chunks.split(tokens.beta[..., None]))
+        self.fading: _Fading | None = None
+        if self.log_decay is not None and form.decay is not Decay.VECTOR:
+            # One number a token takes less time in one go than part by part.
+            self.fading, self.log_decay = self.fade(self.log_decay), None
+
+    def run(self, steps: slice, matrices: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The module's equations for a run of steps: reads `[NC * H, C, V]` and the state after them `[N * H, K, V]`.
+
+        `steps` and `matrices` are the run's part of the tokens and of what is shared.
+        """
+        work, length = self.work, self.chunks.length
+        fading = self.fading and self.fading.of(matrices)
+        if self.log_decay is not None:
+            fading = self.fade(self.log_decay[steps])
+        beta = None if self.beta is None else self.beta[matrices]
+        inside = self.inside(self.q[steps], self.k[steps], beta, fading)
+        v = _matrices(self.v[steps], beta, work, "v")
+        if beta is None:
+            starts, state = self.walk_adding(inside, v, state)
+            written, read, sign = v, torch.bmm(inside.rows, starts, out=work("reads", *v.shape)), 1
+        else:
+            walked, state = self.walk_erasing(inside, v, state)
+            written, read, sign = walked[:, :length], walked[:, length:], -1
+        pairs = inside.products[:, -length:]
+        reads = torch.baddbmm(
+            read, pairs, written, beta=sign * self.scale, alpha=self.scale, out=work("reads", *v.shape)
+        )
+        return reads, state
+
+    def fade(self, log_decay: Tensor) -> _Fading:
+        """Sums and exponentials of the log decays of some chunks.
+
+        Summed in float64: a pair's decay is a small difference of sums that reach hundreds, and 1e-5 off in float32. A decay
+        a channel that fades little in a chunk, as one does at the start of training, is summed in float32 where a look is
+        free: its exponentials are most of the work.
+        """
+        work, dtype = self.work, log_decay.dtype
+        log_decay = _matrices(log_decay, None, work, "log_decay")
+        shape = log_decay.shape
+        sums = lowest = None
+        if shape[-1] > 1 and log_decay.device.type == "cpu":
+            sums = torch.cumsum(log_decay, -2, out=work("sums", *shape))
+            lowest = _lowest(sums)
+        if sums is None or lowest is None or lowest <= -MILD_EXPONENT:
+            sums = log_decay.cumsum(-2, dtype=torch.float64)
+            lowest = _lowest(sums)
+        from_start = torch.exp(sums, out=work("from_start", *shape)).to(dtype)
+        to_start = None
+        if lowest > -SAFE_EXPONENT:
+            # A reciprocal is cheaper, but its gradient takes its square, which is out of range.
+            room = work("to_start", *shape)
+            to_start = (-sums).exp().to(dtype) if room is None else torch.reciprocal(from_start, out=room)
+        return _Fading(sums, from_start, to_start, from_start[:, -1:])
+
+    def inside(self, q: Tensor, k: Tensor, beta: Tensor | None, fading: _Fading | None) -> _Inside:
+        """What the module's equations take from within each chunk."""
+        work, length = self.work, self.chunks.length
+        # e^G can be taken to the rows and e^-G to the columns of a product.
+        apart = fading is not None and fading.to_start is not None
+        faded, grown = (fading.from_start, fading.to_start) if fading is not None and apart else (None, None)
+        columns = _matrices(k, grown, work, "columns")
+        if beta is None:
+            rows = _matrices(q, faded, work, "rows")
+        else:
+            strength = beta if faded is None else beta * faded
+            room = work("rows", columns.shape[0], 2 * length, columns.shape[2])
+            if room is None:
+                rows = torch.cat((_matrices(k, strength), _matrices(q, faded)), 1)
+            else:
+                rows = room
+                _fill(rows[:, :length], k, strength)
+                _fill(rows[:, length:], q, faded)
+        if fading is None:
+            return _Inside(rows, lower_products(rows, columns, work), columns, None)
+        carry = fading.carry.mT
+        if apart:
+            products = lower_products(rows, columns, work)
+            return _Inside(
+                rows, products, torch.mul(columns, fading.carry, out=columns if work.reused else None), carry
+            )
+        sums, by_kind = fading.sums, rows.unflatten(1, (-1, length))
+        if sums.shape[-1] == 1:
+            products = (by_kind @ columns.mT[:, None]) * pair_decays(sums).to(columns.dtype)[:, None]
+        else:
+            products = decayed_products(by_kind, columns[:, None], sums[:, None])
+        k_out = columns * (sums[:, -1:] - sums).exp().to(columns.dtype)
+        rows = (by_kind * fading.from_start[:, None]).flatten(1, 2)
+        return _Inside(rows, products.flatten(1, 2), k_out, carry)
+
+    def walk_adding(self, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """States at the start of every chunk `[NC * H, K, V]` and after the last, without erase."""
+        chunks, work, first = self.chunks, self.work, state.shape[0]
+        # Where states are reused, what a chunk adds becomes the state after it, and the start of the chunk behind it.
+        room = work("states", first + v.shape[0], *state.shape[1:])
+        if room is not None:
+            room[:first] = state
+            state = room[:first]
+        added = torch.bmm(inside.k_out.mT, v, out=None if room is None else room[first:])
+        starts = []
+        for step, (more, carry) in enumerate(zip(chunks.by_step(added), self.carries(inside), strict=False)):
+            starts.append(state)
+            out = more if work.reused else None
+            new = torch.add(more, state, out=out) if carry is None else torch.addcmul(more, carry, state, out=out)
+            state = chunks.where_reached(step, new, state)
+        return chunks.by_chunk(starts) if room is None else room[:-first], state
+
+    def walk_erasing(self, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What every chunk writes, above minus what its queries read from its start, `[NC * H, 2 C, V]`; the last state.
+
+        u = (I + L)^-1 (beta v - beta k_in S_0), L the strictly lower triangle of beta <k, k>.
+        """
+        chunks, work, length = self.chunks, self.work, self.chunks.length
+        # The inverse and two products are measured at half the time of solving for both terms: K + V columns are more than C.
+        inverse = _unit_lower_inverse(inside.products[:, :length])
+        erasing, reading = inside.rows.split(length, 1)
+        erasing = torch.bmm(inverse, erasing, out=work("erasing", *erasing.shape))
+        fresh = torch.bmm(inverse, v, out=work("reads", *v.shape))
+        written = work("written", v.shape[0], 2 * length, v.shape[2])
+        if written is None:
+            rows, written = torch.cat((erasing, reading), 1), F.pad(fresh, (0, 0, 0, length))
+        else:
+            rows = inside.rows
+            rows[:, :length] = erasing
+            written[:, :length] = fresh
+            written[:, length:] = 0
+        steps = zip(*(chunks.by_step(x) for x in (rows, written, inside.k_out.mT)), self.carries(inside), strict=False)
+        done = []
+        for step, (rows_step, fresh_step, k_out, carry) in enumerate(steps):
+            done.append(torch.baddbmm(fresh_step, rows_step, state, alpha=-1, out=fresh_step if work.reused else None))
+            kept = state if carry is None else torch.mul(carry, state, out=state if work.reused else None)
+            new = torch.baddbmm(kept, k_out, done[-1][:, :length], out=kept if work.reused else None)
+            state = chunks.where_reached(step, new, state)
+        return written if work.reused else chunks.by_chunk(done), state
+
+    def carries(self, inside: _Inside) -> Iterable[Tensor | None]:
+        """What is left of the state after each step."""
+        return itertools.repeat(None) if inside.carry is None else self.chunks.by_step(inside.carry)
+
+
+def _matrices(x: Tensor, factor: Tensor | None = None, work: Workspace | None = None, name: str = "") -> Tensor:
+    """`x` `[..., C, *]` as matrices `[NC * H, C, *]`, times `factor` `[NC * H, C, * or 1]`; in the workspace under `name`."""
+    room = None if work is None else work(name, x.shape[:-2].numel(), *x.shape[-2:])
+    if room is not None:
+        return _fill(room, x, factor)
+    matrices = x.reshape(-1, *x.shape[-2:])
+    return matrices if factor is None else matrices * factor
+
+
+def _fill(room: Tensor, x: Tensor, factor: Tensor | None) -> Tensor:
+    """The same in `room`."""
+    if factor is None:
+        room.view(x.shape).copy_(x)
     else:
-        reads, overlaps = decayed_products(q, k, decays), decayed_products(k, k, decays) if erases else None
-    return _Inside(q_in, k_in, k_out, carry.mT, reads, overlaps)
+        torch.mul(x, factor.view(*x.shape[:-2], *factor.shape[-2:]), out=room.view(x.shape))
+    return room
 
 
-def lower_products(rows: Tensor, columns: Tensor) -> Tensor:
-    """<rows_t, columns_j> for j <= t, else 0: `[n, C, K]` twice to `[n, C, C]`."""
-    return torch.bmm(rows, columns.mT).tril_()
+def _lowest(sums: Tensor) -> float:
+    """The lowest sum of a chunk where a look is free, else -inf."""
+    return float(sums[:, -1:].detach().amin()) if sums.device.type == "cpu" else -torch.inf
+
+
+def lower_products(rows: Tensor, columns: Tensor, work: Workspace) -> Tensor:
+    """<rows_t, columns_j> for j <= t, else 0: `[n, m C, K]` and `[n, C, K]` to m times `[C, C]`, `[n, m C, C]`."""
+    length = columns.shape[1]
+    products = torch.bmm(rows, columns.mT, out=work("products", *rows.shape[:2], length))
+    products.view(products.shape[0], -1, length, length).tril_()
+    return products
 
 
 def pair_decays(decays: Tensor) -> Tensor:
@@ -188,37 +336,9 @@ def _safe_width(decays: Tensor) -> int:
 def _unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + L)^-1, L the strictly lower triangle of `lower` `[n, C, C]`."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    # Either side gives the inverse; MKL takes 0.45 of the time from the right.
-    return torch.linalg.solve_triangular(lower, identity, upper=False, left=False, unitriangular=True)
-
-
-def _walk_adding(chunks: Chunks, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States at the start of every chunk `[NC * H, K, V]` and after the last, without erase."""
-    starts = []
-    carries = None if inside.carry is None else chunks.by_step(inside.carry)
-    for step, added in enumerate(chunks.by_step(torch.bmm(inside.k_out.mT, v))):
-        starts.append(state)
-        new = added + state if carries is None else torch.addcmul(added, carries[step], state)
-        state = chunks.where_reached(step, new, state)
-    return chunks.by_chunk(starts), state
-
-
-def _walk_erasing(
-    chunks: Chunks, inside: _Inside, erased: Tensor, fresh: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the delta erase, and what every chunk writes, which depends on the state it starts from."""
-    starts, writes = [], []
-    carries = None if inside.carry is None else chunks.by_step(inside.carry)
-    steps = zip(*(chunks.by_step(x) for x in (inside.k_out, erased, fresh)), strict=True)
-    for step, (k_out, erased_step, fresh_step) in enumerate(steps):
-        starts.append(state)
-        writes.append(torch.baddbmm(fresh_step, erased_step, state, alpha=-1))
-        if carries is None:
-            new = torch.baddbmm(state, k_out.mT, writes[-1])
-        else:
-            new = (carries[step] * state).baddbmm_(k_out.mT, writes[-1])
-        state = chunks.where_reached(step, new, state)
-    return chunks.by_chunk(starts), chunks.by_chunk(writes), state
+    # Either side gives the inverse; MKL takes 0.45 of the time from the right. The copy that torch makes of matrices that lie
+    # apart, part of something else, is a slow one.
+    return torch.linalg.solve_triangular(lower.contiguous(), identity, upper=False, left=False, unitriangular=True)
 
 
 def _chunk_length(form: Recurrence, tokens: Tokens, segments: Segments) -> int:

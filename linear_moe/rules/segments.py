@@ -80,25 +80,35 @@ class DenseChunks:
         """Chunks of a segment; the last may be padded with rows of 0."""
         return -(-self.segments.max_length // self.length)
 
-    def parts(self, limit: int | None) -> list[slice]:
-        """Runs of steps with about `limit` tokens in each, or one run of all."""
-        stride = self.num_steps if limit is None else max(limit // (self.length * self.segments.count), 1)
-        return [slice(step, min(step + stride, self.num_steps)) for step in range(0, self.num_steps, stride)]
+    def parts(self, limit: int) -> list[tuple[slice, slice]]:
+        """Runs of about `limit` tokens: each one's steps, and its matrices among those of every step."""
+        count = self.segments.count
+        stride = max(limit // (self.length * count), 1)
+        starts = range(0, self.num_steps, stride)
+        steps = [slice(start, min(start + stride, self.num_steps)) for start in starts]
+        return [(part, slice(part.start * count * self.heads, part.stop * count * self.heads)) for part in steps]
 
-    def split(self, x: Tensor, part: slice) -> Tensor:
-        """`[S, H, *]` to the matrices `[steps * N * H, C, *]` of a part of the steps."""
-        segments, length = self.segments, self.length
-        rows = x.unflatten(0, (segments.count, segments.max_length))
-        rows = rows[:, part.start * length : part.stop * length]
-        missing = (part.stop - part.start) * length - rows.shape[1]
+    def split(self, x: Tensor) -> Tensor:
+        """`[S, H, *]`, or a `room`, as `[steps, N, H, C, *]`: a view, but for a last chunk that is not full."""
+        rows = x.view(self.segments.count, -1, *x.shape[1:])
+        missing = self.num_steps * self.length - rows.shape[1]
         if missing:
             rows = F.pad(rows, (0, 0, 0, 0, 0, missing))
-        return rows.unflatten(1, (-1, length)).permute(1, 0, 3, 2, 4).reshape(-1, length, x.shape[-1])
+        return rows.unflatten(1, (-1, self.length)).permute(1, 0, 3, 2, 4)
 
-    def merge(self, parts: list[Tensor]) -> Tensor:
-        """The matrices `[steps * N * H, C, V]` of every part back to `[S, H, V]`."""
-        by_part = (x.unflatten(0, (-1, self.segments.count, self.heads)).permute(1, 0, 3, 2, 4) for x in parts)
-        return torch.cat(list(by_part), 1).flatten(1, 2)[:, : self.segments.max_length].flatten(0, 1)
+    def room(self, x: Tensor) -> Tensor:
+        """Where a result like `x` `[S, H, *]` is written by chunks, `[N * steps * C, H, *]`."""
+        return x.new_empty((self.segments.count * self.num_steps * self.length, *x.shape[1:]))
+
+    def taken(self, room: Tensor) -> Tensor:
+        """`[S, H, *]` of a room."""
+        rows = room.unflatten(0, (self.segments.count, -1))
+        return rows[:, : self.segments.max_length].flatten(0, 1)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The matrices `[steps * N * H, C, V]` back to `[S, H, V]`."""
+        rows = x.unflatten(0, (-1, self.segments.count, self.heads)).permute(1, 0, 3, 2, 4)
+        return self.taken(rows.flatten(0, 2))
 
     def by_step(self, x: Tensor) -> tuple[Tensor, ...]:
         """One `[N * H, *, *]` a step."""
@@ -135,17 +145,13 @@ class PackedChunks:
     step: Tensor
     """`[NC]` index into `[num_steps * N]` of each chunk."""
 
-    def parts(self, limit: int | None) -> list[slice]:
-        """One: where a run of steps ends in each segment is in the data."""
-        return [slice(0, self.chunk.shape[0])]
+    def split(self, x: Tensor) -> Tensor:
+        """`[S, H, *]` to `[NC, H, C, *]`, rows without a token 0."""
+        return _take(x, self.source, self.valid).transpose(1, 2)
 
-    def split(self, x: Tensor, part: slice) -> Tensor:
-        """`[S, H, *]` to `[NC * H, C, *]`, rows without a token 0."""
-        return _take(x, self.source, self.valid).transpose(1, 2).reshape(-1, self.length, x.shape[-1])
-
-    def merge(self, parts: list[Tensor]) -> Tensor:
+    def merge(self, x: Tensor) -> Tensor:
         """`[NC * H, C, V]` back to `[S, H, V]`; 0 for tokens in no segment."""
-        rows = parts[0].unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(0, 1)
+        rows = x.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(0, 1)
         return _take(rows, self.target, self.covered)
 
     def by_step(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -120,14 +120,23 @@ def test_packed_is_the_recurrence_with_tokens_past_the_last_border(form: Recurre
 
 
 @every_form
-@pytest.mark.parametrize("packed", [False, True])
-def test_parts_change_no_result(form: Recurrence, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cu_seqlens = torch.tensor([0, 40, 40, 111]) if packed else None
-    tokens, state = draw(form, 1, 111), state_of(3 if packed else 1)
-    whole = run(form, tokens, state, cu_seqlens=cu_seqlens)
-    monkeypatch.setattr(module, "NUMBERS_A_PART", 1)
+@pytest.mark.parametrize("borders", [None, [0, 40, 40, 111]], ids=["dense", "packed"])
+@pytest.mark.parametrize("numbers", [1, 3 * CHUNK * HEADS * V, 2**17])
+@pytest.mark.usefixtures("looking")
+def test_parts_that_share_a_workspace_change_no_result(
+    form: Recurrence, borders: list[int] | None, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cu_seqlens = None if borders is None else torch.tensor(borders)
+    tokens, state = draw(form, 2 if borders is None else 1, 111), state_of(2 if borders is None else 3)
+    whole, given = run(form, tokens, state, cu_seqlens=cu_seqlens), state.clone()
+    monkeypatch.setattr(module, "NUMBERS_A_PART", numbers)
     with torch.no_grad():
-        assert_same(run(form, tokens, state, cu_seqlens=cu_seqlens), whole)
+        got = run(form, tokens, state, cu_seqlens=cu_seqlens)
+        first = [x.clone() for x in got if x is not None]
+        run(form, tokens._replace(v=-tokens.v), state, cu_seqlens=cu_seqlens)
+    assert_same(got, whole)
+    assert torch.equal(state, given)
+    assert all(torch.equal(x, y) for x, y in zip(first, got, strict=True)), "a later call wrote into an earlier result"
 
 
 def leaves(tokens: Tokens, state: Tensor) -> tuple[list[Tensor], Callable[..., tuple[Tokens, Tensor]]]:
