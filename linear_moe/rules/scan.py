@@ -82,7 +82,8 @@ def scan(
             output, state = _nothing(tokens), state.clone()
         elif impl == "triton":
             assert form is not None
-            output, state = _run_kernel(form, tokens, segments, None if initial_state is None else state, scale)
+            given = None if initial_state is None else state
+            output, state = _run_kernel(form, tokens, segments, given, scale, return_final_state)
         else:
             flat = _flatten(tokens, dtype)
             if impl == "chunked":
@@ -159,7 +160,7 @@ def choose_impl(form: Recurrence | None, impl: str, tokens: Tokens) -> str:
 
 
 def _has_kernel(form: Recurrence) -> bool:
-    return form.erase is Erase.NONE and form.decay in (Decay.NONE, Decay.HEAD, Decay.SCALAR)
+    return form.erase is Erase.NONE or form.decay in (Decay.NONE, Decay.SCALAR)
 
 
 def _kernel_obstacle(form: Recurrence | None, tokens: Tokens) -> str | None:
@@ -189,24 +190,27 @@ def _triton_installed() -> bool:
 
 
 def _run_kernel(
-    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor | None, scale: float, return_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
     # Only here: the package works without triton.
-    from linear_moe.kernels.scalar_scan import scalar_scan
+    from linear_moe.kernels import library
 
-    # q and k stay 16-bit beside a wider v (linear attention's normaliser): the kernel takes one dtype.
+    # q and k stay 16-bit beside a wider v (linear attention's normaliser): the kernels take one dtype.
     q, k, v = (x.to(tokens.v.dtype).flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
     log_decay = tokens.log_decay
-    return scalar_scan(
+    return library.scan(
         q,
         k,
         v,
         log_decay if log_decay is None or log_decay.dim() == 1 else log_decay.flatten(0, 1),
+        None if tokens.beta is None else tokens.beta.flatten(0, 1),
         decay=form.decay,
         scale=scale,
         initial_state=state,
         cu_seqlens=segments.cu_seqlens,
         max_length=segments.max_length,
+        dense=segments.dense,
+        return_final_state=return_final_state,
     )
 
 

@@ -1,0 +1,145 @@
+"""What the kernels share: where a program stands, what a chunk's decays do, and rows that no segment owns."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.forms import Decay
+
+NO_DECAY = tl.constexpr(0)
+HEAD_DECAY = tl.constexpr(1)
+SCALAR_DECAY = tl.constexpr(2)
+DECAY_KINDS = {Decay.NONE: 0, Decay.HEAD: 1, Decay.SCALAR: 2}
+
+ROWS_BLOCK = 64
+COLUMNS_BLOCK = 512
+
+
+@triton.jit
+def piece_of(borders_ptr, piece):
+    """First token of a piece of a segment (int64) and how many it has (int32)."""
+    start = tl.load(borders_ptr + 2 * piece)
+    size = (tl.load(borders_ptr + 2 * piece + 1) - start).to(tl.int32)
+    return start, size
+
+
+@triton.jit
+def load_rows(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, columns, valid):
+    """The tile `[rows, columns]` of one head of a tensor `[S, HEADS, WIDTH]` from its row `first` (int64) on; 0 outside.
+
+    The offsets inside a tile are 32-bit and the same in every step of a walk: only a scalar moves, and the registers that
+    64-bit addresses of every row would take are free for the state.
+    """
+    at = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    base = ptr + (first * HEADS + head) * WIDTH
+    return tl.load(base + at, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, columns, valid):
+    """The same tile transposed, `[columns, rows]`, by address: no accumulator and no operand is transposed."""
+    at = rows[None, :] * (HEADS * WIDTH) + columns[:, None]
+    base = ptr + (first * HEADS + head) * WIDTH
+    return tl.load(base + at, mask=valid[None, :] & (columns < WIDTH)[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, columns, valid):
+    """The reverse of `load_rows`, rounded to the tensor's dtype."""
+    at = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    base = ptr + (first * HEADS + head) * WIDTH
+    tl.store(base + at, tile.to(ptr.dtype.element_ty), mask=valid[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def state_offsets(piece, head, HEADS: tl.constexpr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  TRANSPOSED: tl.constexpr):  # fmt: skip
+    """Where the state `[ROWS, COLUMNS]` of one (piece, head) lies; TRANSPOSED: it is kept as `[COLUMNS, ROWS]`."""
+    if TRANSPOSED:
+        at = rows[:, None] + columns[None, :] * ROWS
+    else:
+        at = rows[:, None] * COLUMNS + columns[None, :]
+    return at + (piece * HEADS + head) * ROWS * COLUMNS
+
+
+@triton.jit
+def summed_decays(decay_ptr, rate, head, first, rows, valid, num_rows, num_tokens, DECAY: tl.constexpr,
+                  EXACT: tl.constexpr):  # fmt: skip
+    """Sums of the log decays up to each row of a chunk, and over its `num_rows` rows.
+
+    `decay_ptr` is `[H, S]`, heads first, so that a program reads its head's side by side. A difference of sums is a small
+    number made of large ones: float32 results need it in float64 (EXACT).
+    """
+    if DECAY == HEAD_DECAY:
+        summed = rate * (rows + 1)
+        total = rate * num_rows
+    else:
+        each = tl.load(decay_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
+        if EXACT:
+            each = each.to(tl.float64)
+        summed = tl.cumsum(each, 0)
+        total = tl.sum(each, 0)
+    return summed, total
+
+
+@triton.jit
+def pair_decays(later, earlier, seen):
+    """e^(later - earlier) of the seen pairs; 1 elsewhere, where the exponent would be positive and might overflow."""
+    return tl.exp(tl.where(seen, later - earlier, 0.0).to(tl.float32))
+
+
+@triton.jit
+def _zero_kernel(ptr, border_ptr, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    border = tl.load(border_ptr)
+    if tl.program_id(0).to(tl.int64) * ROWS + ROWS > border:
+        outside = (row >= border) & (row < num_tokens)
+        for first in range(0, WIDTH, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            at = row[:, None] * WIDTH + column[None, :]
+            zero = tl.zeros((ROWS, COLUMNS), ptr.dtype.element_ty)
+            tl.store(ptr + at, zero, mask=outside[:, None] & (column < WIDTH)[None, :])
+
+
+def zero_uncovered(tensor: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Set rows of `tensor` `[S, ...]` past the last border to 0: they are in no segment, and no walk writes them."""
+    num_tokens = tensor.shape[0]
+    if tensor.numel():
+        _zero_kernel[(triton.cdiv(num_tokens, ROWS_BLOCK),)](
+            tensor,
+            cu_seqlens[-1:],
+            num_tokens,
+            WIDTH=tensor[0].numel(),
+            ROWS=ROWS_BLOCK,
+            COLUMNS=COLUMNS_BLOCK,
+        )
+    return tensor
+
+
+def block_of(size: int, largest: int | None = None) -> int:
+    """The power of two, at least 16 (what a product of tiles needs), that holds `size`, or `largest` if that is less."""
+    block = max(16, triton.next_power_of_2(size))
+    return block if largest is None else min(block, largest)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How tiles are multiplied: float32 exactly, 16 bits as they are."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@functools.cache
+def _cuda_processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors to fill."""
+    if device.type == "cuda":
+        return _cuda_processors(device.index or 0)
+    # The interpreter: small enough that tests of a few hundred tokens are split.
+    return 8

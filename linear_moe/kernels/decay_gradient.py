@@ -1,0 +1,80 @@
+"""The gradient of scalar decays, from sums of products that the other gradients' walks leave behind.
+
+With rows and columns of the matrix of pairs (j wrote, t read, j < t), d log a_t is what crosses t: the pairs written before t
+and read at t or later. So it is <S_0, dS_0> plus, before t, the sum of what each token wrote for later ones less what it read
+from earlier ones. Summed from the start it never begins with a large number, as it would from the end with <dS_T, S_T>:
+S_T holds what was written last, undecayed, while dS_0 has been through every decay. A token's own pair crosses nothing
+and is in neither sum: with a strong decay it is nearly all of them, and their difference would be rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.kernels.blocks import piece_of
+
+CUMSUM_BLOCK = 1024
+
+
+@triton.jit
+def _decay_gradient_kernel(
+    read_ptr,
+    written_ptr,
+    start_ptr,
+    gradient_ptr,
+    borders_ptr,
+    num_tokens,
+    HEADS: tl.constexpr,
+    READ_TILES: tl.constexpr,
+    WRITTEN_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = (program % HEADS).to(tl.int64)
+    piece = (program // HEADS).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    # In float64: over a long piece the sums are far larger than what they differ by.
+    carry = tl.full((), 0.0, tl.float64)
+    if start_ptr is not None:
+        carry += tl.load(start_ptr + piece * HEADS + head).to(tl.float64)
+    for step in range(tl.cdiv(size, BLOCK)):
+        row = step * BLOCK + tl.arange(0, BLOCK)
+        valid = row < size
+        token = start + row
+        amount = tl.zeros((BLOCK,), tl.float64)
+        for tile in tl.static_range(WRITTEN_TILES):
+            amount += tl.load(written_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
+        for tile in tl.static_range(READ_TILES):
+            amount -= tl.load(read_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
+        before = carry + tl.cumsum(amount, 0) - amount
+        tl.store(gradient_ptr + head * num_tokens + token, before.to(tl.float32), mask=valid)
+        carry += tl.sum(amount, 0)
+
+
+def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borders: Tensor) -> Tensor:
+    """The gradient of the log decays `[H, S]` float32; 0 for tokens in no piece.
+
+    Args:
+        read: `[tiles, H, S]` float32, to be summed over tiles: <q, dq> without a token's own pair, and what an erase reads.
+        written: `[tiles, H, S]` float32: the same of what a token wrote, <v, dv> or <k, dk>.
+        at_start: `[P, H]` float32, <S_0, dS_0> at each piece's start, or None for zeros.
+        borders: `[P, 2]` int64.
+    """
+    _, heads, num_tokens = read.shape
+    gradient = torch.zeros(heads, num_tokens, dtype=torch.float32, device=read.device)
+    _decay_gradient_kernel[(borders.shape[0] * heads,)](
+        read,
+        written,
+        at_start,
+        gradient,
+        borders,
+        num_tokens,
+        HEADS=heads,
+        READ_TILES=read.shape[0],
+        WRITTEN_TILES=written.shape[0],
+        BLOCK=CUMSUM_BLOCK,
+    )
+    return gradient

@@ -1,0 +1,790 @@
+"""The delta rule with a scalar decay or none: S' = a S_{t-1}; S_t = S' + b k (v - S'^T k)^T; o_t = scale q^T S_t.
+
+With r_t = v_t - S'^T k_t what a write finds wrong and u_t = b_t r_t what it writes, the recurrence is the scalar scan of u,
+and so are its gradients for q and k. What the erase adds is that r depends on itself: in a chunk that starts from S_0,
+
+    x = v - e^G k S_0,   r = x - E (b x),   E = A (I + diag(b) A)^-1,   A_tj = <k_t, k_j> e^(G_t - G_j) for j < t
+
+(2412.06464, section 3.3, solved for r rather than u: nothing is divided by b, which may be 0). Five kernels:
+
+    _solve       chunk-parallel: E, and the reads P_tj = <q_t, k_j> e^(G_t - G_j), j <= t
+    _forward     forwards, a tile of value channels: r and o, from the state S [K, tile] in registers
+    _values      backwards, likewise: dw = du - E^T (b du) with du = dS^T k, dv = b dw, and b's gradient <dw, r>
+    _queries     forwards, a tile of key channels, state S^T: dq, and the erase's part of dk, -S'_t dv_t
+    _keys        backwards, likewise, state dS^T: the write's part of dk, dS_t u_t
+
+The decay's gradient is made of sums that the last two leave behind (`linear_moe.kernels.decay_gradient`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.forms import Decay
+from linear_moe.kernels.blocks import (
+    DECAY_KINDS,
+    NO_DECAY,
+    block_of,
+    load_columns,
+    load_rows,
+    num_processors,
+    pair_decays,
+    piece_of,
+    precision_of,
+    state_offsets,
+    store_rows,
+    summed_decays,
+    zero_uncovered,
+)
+from linear_moe.kernels.decay_gradient import decay_gradient
+from linear_moe.kernels.join import join_affine
+from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
+
+SOLVE_BLOCK = tl.constexpr(16)
+
+
+class Launch(NamedTuple):
+    """Launch parameters of the walks."""
+
+    chunk: int
+    tile: int
+    """Channels of a program: of values, or of keys for the gradients of queries and keys."""
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
+    """Launch parameters of `walk`: "forward", "values", "queries" or "keys". All share one chunk."""
+    largest = max(key_dim, value_dim)
+    if dtype == torch.float32:
+        # Exact products take no tensor cores, and the tiles twice the memory.
+        return Launch(chunk=32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
+    if largest > 128:
+        return Launch(chunk=64, tile=64, num_warps=8, num_stages=1 if walk in ("queries", "keys") else 2)
+    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2)
+
+
+@triton.jit
+def _substitute(lower, right, SIZE: tl.constexpr):
+    """(I + lower)^-1 right, row by row: slow, and as exact as float32 gets."""
+    rows = tl.arange(0, SIZE)
+    for step in range(1, SIZE):
+        this = (rows == step)[:, None]
+        factors = tl.sum(tl.where(this, lower, 0.0), 0)
+        right = tl.where(this, right - tl.sum(factors[:, None] * right, 0)[None, :], right)
+    return right
+
+
+@triton.jit
+def _unit_lower_inverse(lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32.
+
+    Blocks on the diagonal by substitution, row by row; then the rest as a series of products, (I + N)^-1 = I - N + N^2 - N^3 for
+    N = inverse(diagonal blocks) times what is below them: at most four blocks a side, so N^4 = 0, and the terms stay small
+    where powers of the whole triangle would not (keys nearly parallel).
+    """
+    BLOCKS: tl.constexpr = SIZE // SOLVE_BLOCK
+    tl.static_assert(BLOCKS <= 4)
+    block = tl.arange(0, BLOCKS)
+    row = tl.arange(0, SOLVE_BLOCK)
+    on_diagonal = (block[:, None] == block[None, :])[:, None, :, None]
+    blocks = tl.reshape(lower, (BLOCKS, SOLVE_BLOCK, BLOCKS, SOLVE_BLOCK))
+    diagonal = tl.sum(tl.where(on_diagonal, blocks, 0.0), 2)
+    identity = (row[:, None] == row[None, :]).to(tl.float32)[None, :, :]
+    inverse = tl.broadcast_to(identity, (BLOCKS, SOLVE_BLOCK, SOLVE_BLOCK))
+    for step in range(1, SOLVE_BLOCK):
+        this = (row == step)[None, :, None]
+        factors = tl.sum(tl.where(this, diagonal, 0.0), 1)
+        solved = tl.sum(factors[:, :, None] * inverse, 1)
+        inverse = tl.where(this, identity - solved[:, None, :], inverse)
+    spread = tl.where(on_diagonal, inverse[:, :, None, :], 0.0)
+    inner = tl.reshape(spread, (SIZE, SIZE))
+    rows = tl.arange(0, SIZE)
+    below = (rows[:, None] // SOLVE_BLOCK) > (rows[None, :] // SOLVE_BLOCK)
+    first = tl.dot(inner, tl.where(below, lower, 0.0), input_precision=PRECISION)
+    second = tl.dot(first, first, input_precision=PRECISION)
+    third = tl.dot(first, second, input_precision=PRECISION)
+    series = (rows[:, None] == rows[None, :]).to(tl.float32) - first + second - third
+    return tl.dot(series, inner, input_precision=PRECISION)
+
+
+@triton.jit
+def _solve_kernel(
+    q_ptr,
+    k_ptr,
+    decay_ptr,
+    beta_ptr,
+    erasure_ptr,
+    reads_ptr,
+    borders_ptr,
+    num_tokens,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % HEADS
+    start, size = piece_of(borders_ptr, (program // HEADS).to(tl.int64))
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    valid = rows < size
+    first = start
+    k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+    q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+    beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
+    overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    seen = rows[:, None] >= rows[None, :]
+    if DECAY != NO_DECAY:
+        summed, _ = summed_decays(
+            decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+        )
+        pairs = pair_decays(summed[:, None], summed[None, :], seen)
+        overlaps *= pairs
+        reads *= pairs
+    store_rows(reads_ptr, tl.where(seen, reads, 0.0), first, head, HEADS, CHUNK, rows, rows, valid)
+    overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
+    if PRECISION == "ieee":
+        erasure = _substitute(overlaps * beta[None, :], overlaps, CHUNK)
+    else:
+        inverse = _unit_lower_inverse(overlaps * beta[:, None], CHUNK, PRECISION)
+        erasure = tl.dot(overlaps, inverse, input_precision=PRECISION)
+    store_rows(erasure_ptr, erasure, first, head, HEADS, CHUNK, rows, rows, valid)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    decay_ptr,
+    beta_ptr,
+    erasure_ptr,
+    reads_ptr,
+    o_ptr,
+    wrong_ptr,
+    initial_ptr,
+    final_ptr,
+    borders_ptr,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    TRANSITION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A null pointer leaves its part out. TRANSITION: no values and a start of I, whose final state is what the piece does
+    to any state `[K, K]`.
+    """
+    NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if TRANSITION:
+        state = (keys[:, None] == values[None, :]).to(tl.float32)
+    elif initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
+    else:
+        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    for chunk in range(tl.cdiv(size, CHUNK)):
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        erasure = load_rows(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
+        rounded = state.to(dtype)
+        wrong = -tl.dot(k, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            wrong *= from_start
+        if not TRANSITION:
+            wrong += load_rows(v_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
+        wrong = tl.dot(erasure, (-beta * wrong).to(dtype), acc=wrong, input_precision=PRECISION)
+        written = beta * wrong
+        if wrong_ptr is not None:
+            store_rows(wrong_ptr, wrong, first, head, HEADS, V, rows, values, valid)
+        if o_ptr is not None:
+            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+            reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+            o = tl.dot(q, rounded, input_precision=PRECISION)
+            if DECAY != NO_DECAY:
+                o *= from_start
+            o = tl.dot(reads, written.to(dtype), acc=o, input_precision=PRECISION)
+            store_rows(o_ptr, scale * o, first, head, HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            state *= tl.exp(total.to(tl.float32))
+            written *= to_end
+        state = tl.dot(tl.trans(k), written.to(dtype), acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, state, mask=in_state)
+
+
+@triton.jit
+def _values_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    erasure_ptr,
+    reads_ptr,
+    dv_ptr,
+    dbeta_ptr,
+    initial_ptr,
+    final_ptr,
+    borders_ptr,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone.
+
+    The walk is linear in `do` and its start, so `scale` stands outside it.
+    """
+    NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
+    else:
+        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        later_erasure = load_columns(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
+        d_write = tl.dot(k, state.to(dtype), input_precision=PRECISION)
+        read = do
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            d_write *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            state *= tl.exp(total.to(tl.float32))
+            read = (do.to(tl.float32) * from_start).to(dtype)
+        d_write = tl.dot(later_reads, do, acc=d_write, input_precision=PRECISION)
+        d_write = tl.dot(later_erasure, (-beta * d_write).to(dtype), acc=d_write, input_precision=PRECISION)
+        dv = beta * d_write
+        if dv_ptr is not None:
+            wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
+            at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
+            tl.store(dbeta_ptr + at, scale * tl.sum(d_write * wrong, 1), mask=valid)
+            store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            dv *= from_start
+        state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, scale * state, mask=in_state)
+
+
+@triton.jit
+def _queries_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    dq_ptr,
+    dk_ptr,
+    overlap_ptr,
+    initial_ptr,
+    borders_ptr,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    if initial_ptr is not None:
+        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+    else:
+        state = tl.zeros((V_BLOCK, TILE), tl.float32)
+    for chunk in range(tl.cdiv(size, CHUNK)):
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
+        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
+        rounded = state.to(dtype)
+        earlier = rows[:, None] > rows[None, :]
+        # u = b r is never made: b goes into what u is multiplied with, so that r goes from memory into the products as it is.
+        pairs = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
+        keep = beta[:, None] * k.to(tl.float32)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+            )
+            pairs *= pair_decays(summed[:, None], summed[None, :], earlier)
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            keep *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            state *= tl.exp(total.to(tl.float32))
+        reads = tl.dot(do, tl.trans(wrong), input_precision=PRECISION)
+        # A token's own pair crosses nothing: it is added after the overlap is taken.
+        own = scale * beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
+        dq = tl.dot(do, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dq *= from_start
+        dq = tl.dot(tl.where(earlier, pairs * reads, 0.0).to(dtype), k, acc=dq, input_precision=PRECISION)
+        dq *= scale
+        store_rows(dq_ptr, dq + own[:, None] * k.to(tl.float32), first, head, HEADS, K, rows, keys, valid)
+        if overlap_ptr is not None:
+            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+            overlap = tl.sum(q.to(tl.float32) * dq, 1)
+        erases = tl.dot(dv, tl.trans(wrong), input_precision=PRECISION)
+        dk = tl.dot(dv, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dk *= from_start
+        dk = tl.dot(tl.where(earlier, pairs * erases, 0.0).to(dtype), k, acc=dk, input_precision=PRECISION)
+        store_rows(dk_ptr, -dk, first, head, HEADS, K, rows, keys, valid)
+        if overlap_ptr is not None:
+            overlap -= tl.sum(k.to(tl.float32) * dk, 1)
+            tl.store(overlap_ptr + (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows, overlap, mask=valid)
+        state = tl.dot(tl.trans(wrong), keep.to(dtype), acc=state, input_precision=PRECISION)
+
+
+@triton.jit
+def _keys_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    dk_ptr,
+    overlap_ptr,
+    initial_ptr,
+    borders_ptr,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the write's part to the erase's part that `dk` already holds."""
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    if initial_ptr is not None:
+        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+    else:
+        state = tl.zeros((V_BLOCK, TILE), tl.float32)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
+        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
+        later = rows[:, None] < rows[None, :]
+        pairs = tl.broadcast_to(beta[:, None], (CHUNK, CHUNK))
+        written = beta[:, None]
+        asked = scale * q.to(tl.float32)
+        erased = -k.to(tl.float32)
+        rounded = state.to(dtype)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            pairs *= pair_decays(summed[None, :], summed[:, None], later)
+            written *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            asked *= from_start
+            erased *= from_start
+            state *= tl.exp(total.to(tl.float32))
+        reads = scale * tl.dot(wrong, tl.trans(do), input_precision=PRECISION)
+        own = beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
+        dk = written * tl.dot(wrong, rounded, input_precision=PRECISION)
+        dk = tl.dot(tl.where(later, pairs * reads, 0.0).to(dtype), q, acc=dk, input_precision=PRECISION)
+        erases = tl.dot(wrong, tl.trans(dv), input_precision=PRECISION)
+        dk = tl.dot(tl.where(later, -pairs * erases, 0.0).to(dtype), k, acc=dk, input_precision=PRECISION)
+        if overlap_ptr is not None:
+            overlap = tl.sum(k.to(tl.float32) * dk, 1)
+            tl.store(overlap_ptr + (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows, overlap, mask=valid)
+        dk += own[:, None] * q.to(tl.float32)
+        dk += load_rows(dk_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
+        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
+        state = tl.dot(tl.trans(do), asked.to(dtype), acc=state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(dv), erased.to(dtype), acc=state, input_precision=PRECISION)
+
+
+class Solved(NamedTuple):
+    """What a chunk knows of its own pairs, `[S, H, C]` in the dtype of q: a token's row of its chunk's matrices."""
+
+    erasure: Tensor
+    """E"""
+    reads: Tensor
+    """P"""
+
+
+class _Walk(NamedTuple):
+    """What all walks of one call have in common."""
+
+    kind: int
+    log_decay: Tensor | None
+    """Heads first, `[H, S]` float32."""
+    beta: Tensor
+    """Heads first, `[H, S]` float32."""
+    splits: Splits
+
+    def constants(self, k: Tensor, v: Tensor) -> dict[str, object]:
+        return {
+            "HEADS": v.shape[1],
+            "K_HEADS": k.shape[1],
+            "K": k.shape[2],
+            "V": v.shape[2],
+            "DECAY": self.kind,
+            "PRECISION": precision_of(k.dtype),
+        }
+
+
+def chunk_length(k: Tensor, v: Tensor) -> int:
+    """C"""
+    return choose_launch("forward", k.shape[2], v.shape[2], k.dtype).chunk
+
+
+def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
+    """Tokens of a piece where long segments are split, from sizes alone."""
+    launch = choose_launch("forward", k.shape[2], v.shape[2], k.dtype)
+    tiles = triton.cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
+    return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
+
+
+def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
+    return _Walk(
+        DECAY_KINDS[decay],
+        None if log_decay is None else log_decay.t().contiguous(),
+        beta.t().contiguous(),
+        ragged.pieces(v.shape[0], piece_length(k, v, ragged)),
+    )
+
+
+def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of a walk and its launch parameters."""
+    launch = choose_launch(walk, k.shape[2], v.shape[2], k.dtype)
+    by_values = walk in ("forward", "values")
+    tiled, whole = (v.shape[2], k.shape[2]) if by_values else (k.shape[2], v.shape[2])
+    tile = block_of(tiled, launch.tile)
+    parameters = {
+        "CHUNK": launch.chunk,
+        "TILE": tile,
+        "K_BLOCK" if by_values else "V_BLOCK": block_of(whole),
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    return (splits.num_pieces * v.shape[1] * triton.cdiv(tiled, tile),), parameters
+
+
+def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, ragged: Ragged) -> Solved:
+    num_tokens, heads = v.shape[:2]
+    chunk = chunk_length(k, v)
+    erasure, reads = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
+    # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
+    chunks = cut(ragged.cu_seqlens, num_tokens, chunk, ragged.max_length)
+    constants = walk.constants(k, v)
+    del constants["V"]
+    _solve_kernel[(chunks.num_pieces * heads,)](
+        q,
+        k,
+        walk.log_decay,
+        walk.beta,
+        erasure,
+        reads,
+        chunks.borders,
+        num_tokens,
+        CHUNK=chunk,
+        K_BLOCK=block_of(k.shape[2]),
+        num_warps=4,
+        num_stages=1,
+        **constants,
+    )
+    return Solved(erasure, reads)
+
+
+def _run_forward(
+    walk: _Walk,
+    solved: Solved,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    output: Tensor | None = None,
+    wrong: Tensor | None = None,
+    starts: Tensor | None = None,
+    final: Tensor | None = None,
+    transition: bool = False,
+) -> None:
+    grid, parameters = _launch("forward", k, v, walk.splits)
+    _forward_kernel[grid](
+        q,
+        k,
+        v,
+        walk.log_decay,
+        walk.beta,
+        solved.erasure,
+        solved.reads,
+        output,
+        wrong,
+        starts,
+        final,
+        walk.splits.borders,
+        v.shape[0],
+        scale,
+        TRANSITION=transition,
+        **parameters,
+        **walk.constants(k, v),
+    )
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    wrong: Tensor
+    """r `[S, H, V]` in the dtype of v."""
+    solved: Solved
+    starts: Tensor | None
+    """`[P, H, K, V]` float32, the state each piece starts from, where segments were split."""
+    transitions: Tensor | None
+    """`[P, H, K, K]` float32, what each piece does to a state, where segments were split."""
+
+
+class Forward(NamedTuple):
+    """What a forward pass makes."""
+
+    output: Tensor
+    """`[S, H, V]` in the dtype of v."""
+    final_state: Tensor | None
+    """`[N, H, K, V]` float32, if wanted."""
+    kept: Kept | None
+    """If wanted."""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    ragged: Ragged,
+    *,
+    decay: Decay,
+    scale: float,
+    want_final: bool,
+    keep: bool,
+) -> Forward:
+    """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
+    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
+    solved = _solve(q, k, v, walk, ragged)
+    heads, key_dim, value_dim = v.shape[1], k.shape[2], v.shape[2]
+    starts, final, transitions = initial_state, None, None
+    cut_up = walk.splits.cut
+    if cut_up:
+        transitions = torch.empty(walk.splits.num_pieces, heads, key_dim, key_dim, device=k.device)
+        # Only the width of the values matters here: K columns of I.
+        columns = k.new_empty(1, 1, 1).expand(v.shape[0], heads, key_dim)
+        _run_forward(walk, solved, q, k, columns, final=transitions, transition=True)
+        increments = torch.empty(walk.splits.num_pieces, heads, key_dim, value_dim, device=k.device)
+        _run_forward(walk, solved, q, k, v, final=increments)
+        starts, final = join_affine(increments, transitions, initial_state, walk.splits)
+    elif want_final:
+        final = torch.empty(ragged.num_segments, heads, key_dim, value_dim, device=k.device)
+    output = torch.empty_like(v)
+    wrong = torch.empty_like(v) if keep else None
+    _run_forward(
+        walk, solved, q, k, v, scale=scale, output=output, wrong=wrong, starts=starts, final=None if cut_up else final
+    )
+    if not ragged.dense:
+        zero_uncovered(output, ragged.cu_seqlens)
+    kept = None if wrong is None else Kept(wrong, solved, starts if cut_up else None, transitions)
+    return Forward(output, final if want_final else None, kept)
+
+
+class Backward(NamedTuple):
+    """The gradients, each in the dtype of its input; the gates' in float32."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor
+    initial_state: Tensor | None
+
+
+def backward(
+    d_output: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    kept: Kept,
+    ragged: Ragged,
+    *,
+    decay: Decay,
+    scale: float,
+) -> Backward:
+    """The gradients of `forward`; `kept` as it returned it."""
+    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
+    num_tokens, heads, value_dim = v.shape
+    key_dim, num_pieces, cut_up = k.shape[2], walk.splits.num_pieces, walk.splits.cut
+    constants = walk.constants(k, v)
+    starts = kept.starts if cut_up else initial_state
+    gates = (walk.log_decay, walk.beta)
+    grid, parameters = _launch("values", k, v, walk.splits)
+    tiles = triton.cdiv(value_dim, parameters["TILE"])
+    d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
+    dv = torch.empty_like(v)
+
+    def run_values(output: Tensor | None, start: Tensor | None, final: Tensor | None) -> None:
+        _values_kernel[grid](
+            q, k, d_output, kept.wrong, *gates, kept.solved.erasure, kept.solved.reads, output, d_beta, start, final,
+            walk.splits.borders, num_tokens, scale, **parameters, **constants,
+        )  # fmt: skip
+
+    reverse_starts, d_initial = d_final, None
+    if cut_up:
+        assert kept.transitions is not None
+        increments = torch.empty(num_pieces, heads, key_dim, value_dim, device=v.device)
+        run_values(None, None, increments)
+        reverse_starts, d_initial = join_affine(
+            increments, kept.transitions.mT, d_final, walk.splits, reverse=True
+        )
+    piece_ends = None
+    if starts is not None:
+        piece_ends = torch.empty(num_pieces, heads, key_dim, value_dim, device=v.device)
+    run_values(dv, reverse_starts, piece_ends)
+
+    # A key head's gradient is the sum over the value heads that share it, in float32.
+    shared = k.shape[1] != heads
+    dtype = torch.float32 if shared else k.dtype
+    dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
+    grid, parameters = _launch("queries", k, v, walk.splits)
+    tiles = triton.cdiv(key_dim, parameters["TILE"])
+    read, written = None, None
+    if log_decay is not None:
+        read, written = torch.empty(2, tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
+    _queries_kernel[grid](
+        q, k, d_output, dv, kept.wrong, *gates, dq, dk, read, starts, walk.splits.borders, num_tokens, scale,
+        **parameters, **constants,
+    )  # fmt: skip
+    grid, parameters = _launch("keys", k, v, walk.splits)
+    _keys_kernel[grid](
+        q, k, d_output, dv, kept.wrong, *gates, dk, written, reverse_starts, walk.splits.borders, num_tokens, scale,
+        **parameters, **constants,
+    )  # fmt: skip
+    if not ragged.dense:
+        for gradient in (dq, dk, dv):
+            zero_uncovered(gradient, ragged.cu_seqlens)
+    d_decay = None
+    if read is not None and written is not None:
+        at_start = None
+        if starts is not None:
+            assert piece_ends is not None
+            at_start = torch.linalg.vecdot(starts.flatten(2), piece_ends.flatten(2))
+        d_decay = decay_gradient(read, written, at_start, walk.splits.borders).t().contiguous()
+    if shared:
+        dq, dk = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (dq, dk))
+    if initial_state is not None and not cut_up:
+        d_initial = piece_ends
+    return Backward(dq, dk, dv, d_decay, d_beta.sum(0).t().contiguous(), d_initial if initial_state is not None else None)

@@ -1,0 +1,665 @@
+"""A decay a key channel, without erase: S_t = Diag(a_t) S_{t-1} + k_t v_t^T; o_t = scale q_t^T S_t.
+
+With G the sum of a chunk's log decays, a chunk that starts from S_0 reads and leaves (2312.06635, section 4)
+
+    o_t = scale ((q_t e^G_t) S_0 + sum_{j <= t} P_tj v_j),   P_tj = sum_c q_tc k_jc e^(G_tc - G_jc)
+    S_C = Diag(e^G_C) S_0 + sum_j (k_j e^(G_C - G_j)) v_j^T
+
+The exponentials are the cost, so each is made once a token and channel, never once a tile of values. Four kernels:
+
+    _prepare     chunk-parallel: q e^G, k e^(G_C - G), P, and G_C
+    _walk        the state-resident scan over these: o forwards in time; backwards, with roles exchanged, dv
+    _keys        backwards, a tile of key channels, state dS^T: dk, and k dk for the decay's gradient
+    _queries     forwards, likewise, state S^T: dq, and the decay's gradient, d log a_t = <S_0, dS_0> + sum_{i<t} (k dk - q dq)_i a
+                 channel, where a token's own pair is in neither (`linear_moe.kernels.decay_gradient` says why)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.kernels.blocks import (
+    block_of,
+    load_columns,
+    load_rows,
+    num_processors,
+    piece_of,
+    precision_of,
+    state_offsets,
+    store_rows,
+    zero_uncovered,
+)
+from linear_moe.kernels.join import join
+from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
+
+MILD = tl.constexpr(40.0)
+"""A chunk in which no channel fades by more than e^40 is multiplied out around its middle row: two exponentials a number."""
+MILD_EXACT = tl.constexpr(4.0)
+"""The same where results are float32: an exponent's own rounding must stay below that of its exponential."""
+
+
+class Launch(NamedTuple):
+    """Launch parameters."""
+
+    chunk: int
+    tile: int
+    """Channels of a program: of values in the walk, of keys elsewhere."""
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
+    """Launch parameters of `kernel`: "prepare", "walk", "keys" or "queries". All share one chunk."""
+    largest = max(key_dim, value_dim)
+    if dtype == torch.float32:
+        # Exact products take no tensor cores, and the tiles twice the memory.
+        return Launch(chunk=64 if largest <= 64 else 32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
+    if kernel == "prepare":
+        return Launch(chunk=64, tile=64, num_warps=4, num_stages=1)
+    if largest > 128:
+        return Launch(chunk=64, tile=64, num_warps=8, num_stages=2 if kernel == "walk" else 1)
+    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if kernel == "walk" else 1)
+
+
+@triton.jit
+def _fades_mildly(summed, EXACT: tl.constexpr):
+    """Whether no channel of a chunk fades by more than is safe to undo."""
+    fade = tl.max(-tl.min(summed, 0).to(tl.float32), 0)
+    if EXACT:
+        return fade < MILD_EXACT
+    else:
+        return fade < MILD
+
+
+@triton.jit
+def _row(x, rows, index):
+    return tl.sum(tl.where((rows == index)[:, None], x, 0.0), 0)[None, :]
+
+
+@triton.jit
+def _halves(summed, CHUNK: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of each row, the sums at the first row of the later half of its block of 2 WIDTH rows."""
+    blocks = tl.reshape(summed, (CHUNK // (2 * WIDTH), 2 * WIDTH, CHANNELS))
+    middle = (tl.arange(0, 2 * WIDTH) == WIDTH)[None, :, None]
+    reference = tl.sum(tl.where(middle, blocks, 0.0), 1)
+    spread = tl.broadcast_to(reference[:, None, :], (CHUNK // (2 * WIDTH), 2 * WIDTH, CHANNELS))
+    return tl.reshape(spread, (CHUNK, CHANNELS))
+
+
+@triton.jit
+def _crosses(later, earlier, WIDTH: tl.constexpr):
+    """Whether a pair of rows lies in the later and the earlier half of one block of 2 WIDTH rows."""
+    return (later // (2 * WIDTH) == earlier // (2 * WIDTH)) & (later % (2 * WIDTH) >= WIDTH) & (earlier % (2 * WIDTH) < WIDTH)
+
+
+@triton.jit
+def _fade(difference):
+    return tl.exp(tl.minimum(difference, 0.0).to(tl.float32))
+
+
+@triton.jit
+def _decayed_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
+                      LEVELS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """P for j < t, else 0, over some channels.
+
+    A pair meets at the one level of halving at which its rows lie in different halves of a block; both refer to the later half's
+    first row, so that no exponent is positive. A chunk that fades mildly has one level.
+    """
+    rows = tl.arange(0, CHUNK)
+    later, earlier = rows[:, None], rows[None, :]
+    if _fades_mildly(summed, EXACT):
+        difference = (summed - _row(summed, rows, CHUNK // 2)).to(tl.float32)
+        reads = (q * tl.exp(difference)).to(OPERAND)
+        writes = (k * tl.exp(-difference)).to(OPERAND)
+        products = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
+        products = tl.where(later > earlier, products, 0.0)
+    else:
+        products = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for level in tl.static_range(LEVELS):
+            reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
+            reads = (q * _fade(summed - reference)).to(OPERAND)
+            writes = (k * _fade(reference - summed)).to(OPERAND)
+            met = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
+            products += tl.where(_crosses(later, earlier, 1 << level), met, 0.0)
+    return products
+
+
+@triton.jit
+def _decayed_sum(weights, x, summed, REVERSE: tl.constexpr, OPERAND: tl.constexpr, CHUNK: tl.constexpr,
+                 CHANNELS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """sum_j weights_tj x_j e^(G_t - G_j) over j < t a channel; REVERSE: over j > t with e^(G_j - G_t). As `_decayed_products`."""
+    rows = tl.arange(0, CHUNK)
+    if REVERSE:
+        later, earlier = rows[None, :], rows[:, None]
+    else:
+        later, earlier = rows[:, None], rows[None, :]
+    if _fades_mildly(summed, EXACT):
+        difference = (summed - _row(summed, rows, CHUNK // 2)).to(tl.float32)
+        if REVERSE:
+            difference = -difference
+        near = tl.where(later > earlier, weights, 0.0).to(OPERAND)
+        result = tl.dot(near, (x * tl.exp(-difference)).to(OPERAND), input_precision=PRECISION) * tl.exp(difference)
+    else:
+        result = tl.zeros((CHUNK, CHANNELS), tl.float32)
+        for level in tl.static_range(LEVELS):
+            reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
+            to_later, from_earlier = _fade(summed - reference), _fade(reference - summed)
+            near = tl.where(_crosses(later, earlier, 1 << level), weights, 0.0).to(OPERAND)
+            if REVERSE:
+                result += from_earlier * tl.dot(near, (x * to_later).to(OPERAND), input_precision=PRECISION)
+            else:
+                result += to_later * tl.dot(near, (x * from_earlier).to(OPERAND), input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, keys, valid, EXACT: tl.constexpr):
+    """G and G_C of some channels of a chunk."""
+    each = load_rows(decay_ptr, first, head, HEADS, K, rows, keys, valid)
+    if EXACT:
+        each = each.to(tl.float64)
+    return tl.cumsum(each, 0), tl.sum(each, 0)
+
+
+@triton.jit
+def _prepare_kernel(
+    q_ptr,
+    k_ptr,
+    decay_ptr,
+    reads_ptr,
+    writes_ptr,
+    products_ptr,
+    totals_ptr,
+    borders_ptr,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    EXACT: tl.constexpr = PRECISION == "ieee"
+    program = tl.program_id(0)
+    head = program % HEADS
+    chunk = (program // HEADS).to(tl.int64)
+    start, size = piece_of(borders_ptr, chunk)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    valid = rows < size
+    products = tl.zeros((CHUNK, CHUNK), tl.float32)
+    own = tl.zeros((CHUNK,), tl.float32)
+    for key in tl.static_range(0, K, TILE):
+        keys = key + tl.arange(0, TILE)
+        q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+        k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+        summed, total = _sums(decay_ptr, start, head, HEADS, K, rows, keys, valid, EXACT)
+        store_rows(reads_ptr, q * _fade(summed), start, head, HEADS, K, rows, keys, valid)
+        store_rows(writes_ptr, k * _fade(total[None, :] - summed), start, head, HEADS, K, rows, keys, valid)
+        tl.store(totals_ptr + (chunk * HEADS + head) * K + keys, total.to(tl.float32), mask=keys < K)
+        own += tl.sum(q * k, 1)
+        products += _decayed_products(q, k, summed, OPERAND, CHUNK, TILE, LEVELS, PRECISION, EXACT)
+    products = tl.where(rows[:, None] == rows[None, :], own[:, None], products)
+    store_rows(products_ptr, products, start, head, HEADS, CHUNK, rows, rows, valid)
+
+
+@triton.jit
+def _walk_kernel(
+    reads_ptr,
+    writes_ptr,
+    v_ptr,
+    products_ptr,
+    totals_ptr,
+    chunks_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    piece_totals_ptr,
+    borders_ptr,
+    scale,
+    state_scale,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A null pointer leaves its part out. A scale on what is written stands outside the walk, which is linear in its start and
+    in v: on the reads, and on the initial and final state.
+    """
+    NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    first_chunk = tl.load(chunks_ptr + piece)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tile * TILE + tl.arange(0, TILE)
+    dtype = v_ptr.dtype.element_ty
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / state_scale
+    else:
+        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    if piece_totals_ptr is not None:
+        all_decay = tl.zeros((K_BLOCK,), tl.float32)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step if REVERSE else step
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
+        writes = load_rows(writes_ptr, first, head, HEADS, K, rows, keys, valid)
+        total = tl.load(totals_ptr + ((first_chunk + chunk) * HEADS + head) * K + keys, mask=keys < K, other=0.0)
+        if o_ptr is not None:
+            reads = load_rows(reads_ptr, first, head, HEADS, K, rows, keys, valid)
+            if REVERSE:
+                products = load_columns(products_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+            else:
+                products = load_rows(products_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+            o = tl.dot(reads, state.to(dtype), input_precision=PRECISION)
+            o = tl.dot(products, v, acc=o, input_precision=PRECISION)
+            store_rows(o_ptr, scale * o, first, head, HEADS, V, rows, values, valid)
+        if piece_totals_ptr is not None:
+            all_decay += total
+        state *= tl.exp(total)[:, None]
+        state = tl.dot(tl.trans(writes), v, acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, state_scale * state, mask=in_state)
+    if piece_totals_ptr is not None:
+        if tile == 0:
+            tl.store(piece_totals_ptr + (piece * HEADS + head) * K + keys, all_decay, mask=keys < K)
+
+
+@triton.jit
+def _keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    decay_ptr,
+    dk_ptr,
+    written_ptr,
+    initial_ptr,
+    borders_ptr,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    EXACT: tl.constexpr = PRECISION == "ieee"
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
+    dtype = v_ptr.dtype.element_ty
+    if initial_ptr is not None:
+        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+    else:
+        state = tl.zeros((V_BLOCK, TILE), tl.float32)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        q = scale * load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+        summed, total = _sums(decay_ptr, first, head, HEADS, K, rows, keys, valid, EXACT)
+        pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
+        dk = tl.dot(v, state.to(dtype), input_precision=PRECISION) * _fade(total[None, :] - summed)
+        dk += _decayed_sum(pairs, q, summed, True, OPERAND, CHUNK, TILE, LEVELS, PRECISION, EXACT)
+        store_rows(written_ptr, k * dk, first, head, HEADS, K, rows, keys, valid)
+        store_rows(dk_ptr, dk + own[:, None] * q, first, head, HEADS, K, rows, keys, valid)
+        state *= tl.exp(total.to(tl.float32))[None, :]
+        state = tl.dot(tl.trans(do), (q * _fade(summed)).to(dtype), acc=state, input_precision=PRECISION)
+
+
+@triton.jit
+def _queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    decay_ptr,
+    written_ptr,
+    dq_ptr,
+    ddecay_ptr,
+    initial_ptr,
+    at_start_ptr,
+    borders_ptr,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    EXACT: tl.constexpr = PRECISION == "ieee"
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
+    dtype = v_ptr.dtype.element_ty
+    # What crosses the next token. Summed in float64 where results are float32, as the decays are.
+    SUM_DTYPE: tl.constexpr = tl.float64 if EXACT else tl.float32
+    crossing = tl.zeros((TILE,), SUM_DTYPE)
+    if initial_ptr is not None:
+        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+        crossing += tl.load(at_start_ptr + (piece * HEADS + head) * K + keys, mask=keys < K, other=0.0).to(SUM_DTYPE)
+    else:
+        state = tl.zeros((V_BLOCK, TILE), tl.float32)
+    for chunk in range(tl.cdiv(size, CHUNK)):
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+        summed, total = _sums(decay_ptr, first, head, HEADS, K, rows, keys, valid, EXACT)
+        pairs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
+        dq = tl.dot(do, state.to(dtype), input_precision=PRECISION) * _fade(summed)
+        dq += _decayed_sum(pairs, k, summed, False, OPERAND, CHUNK, TILE, LEVELS, PRECISION, EXACT)
+        dq *= scale
+        written = load_rows(written_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
+        change = (written - q * dq).to(SUM_DTYPE)
+        store_rows(ddecay_ptr, crossing[None, :] + tl.cumsum(change, 0) - change, first, head, HEADS, K, rows, keys, valid)
+        crossing += tl.sum(change, 0)
+        store_rows(dq_ptr, dq + (scale * own)[:, None] * k, first, head, HEADS, K, rows, keys, valid)
+        state *= tl.exp(total.to(tl.float32))[None, :]
+        keep = (k * _fade(total[None, :] - summed)).to(dtype)
+        state = tl.dot(tl.trans(v), keep, acc=state, input_precision=PRECISION)
+
+
+class _Prepared(NamedTuple):
+    """What the walks over values need of q, k and the decays."""
+
+    reads: Tensor
+    """q e^G `[S, H, K]`"""
+    writes: Tensor
+    """k e^(G_C - G) `[S, H, K]`"""
+    products: Tensor
+    """P `[S, H, C]`: a token's row of its chunk's matrix."""
+    totals: Tensor
+    """G_C of every chunk `[chunks, H, K]` float32."""
+    first_chunks: Tensor
+    """`[P]` the chunk each piece begins with."""
+
+
+def _shared_constants(k: Tensor, chunk: int) -> dict[str, object]:
+    # float16 has not the range of e^40: its undone decays are multiplied as float32.
+    operand = tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32
+    return {"CHUNK": chunk, "LEVELS": chunk.bit_length() - 1, "OPERAND": operand, "PRECISION": precision_of(k.dtype)}
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits, ragged: Ragged) -> _Prepared:
+    num_tokens, heads, key_dim = log_decay.shape
+    launch = choose_launch("prepare", key_dim, v.shape[2], k.dtype)
+    chunk = launch.chunk
+    # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
+    chunks = cut(ragged.cu_seqlens, num_tokens, chunk, ragged.max_length)
+    reads, writes = (torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
+    totals = torch.empty(chunks.num_pieces, heads, key_dim, dtype=torch.float32, device=k.device)
+    _prepare_kernel[(chunks.num_pieces * heads,)](
+        q,
+        k,
+        log_decay,
+        reads,
+        writes,
+        products,
+        totals,
+        chunks.borders,
+        HEADS=heads,
+        K_HEADS=k.shape[1],
+        K=key_dim,
+        TILE=block_of(key_dim, launch.tile),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **_shared_constants(k, chunk),
+    )
+    # Pieces past the last are empty, whatever chunk they begin with.
+    into = (splits.borders[:, 0] - ragged.cu_seqlens[splits.owner]).clamp_min(0) // chunk
+    first = (chunks.first[splits.owner] + into).clamp_max(chunks.num_pieces - 1)
+    return _Prepared(reads, writes, products, totals, first)
+
+
+def _walk(
+    reads: Tensor,
+    writes: Tensor,
+    v: Tensor,
+    prepared: _Prepared,
+    splits: Splits,
+    *,
+    starts: Tensor | None,
+    output: Tensor | None = None,
+    final: Tensor | None = None,
+    piece_totals: Tensor | None = None,
+    scale: float = 1.0,
+    state_scale: float = 1.0,
+    reverse: bool = False,
+) -> None:
+    heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
+    launch = choose_launch("walk", key_dim, value_dim, v.dtype)
+    tile = block_of(value_dim, launch.tile)
+    _walk_kernel[(splits.num_pieces * heads * triton.cdiv(value_dim, tile),)](
+        reads,
+        writes,
+        v,
+        prepared.products,
+        prepared.totals,
+        prepared.first_chunks,
+        output,
+        starts,
+        final,
+        piece_totals,
+        splits.borders,
+        scale,
+        state_scale,
+        HEADS=heads,
+        K=key_dim,
+        V=value_dim,
+        CHUNK=launch.chunk,
+        K_BLOCK=block_of(key_dim),
+        TILE=tile,
+        REVERSE=reverse,
+        PRECISION=precision_of(v.dtype),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _joined(
+    writes: Tensor,
+    v: Tensor,
+    prepared: _Prepared,
+    splits: Splits,
+    initial_state: Tensor | None,
+    *,
+    state_scale: float = 1.0,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The state that each piece starts from and the one after each segment's last: each piece alone, then the join."""
+    shape = (splits.num_pieces, v.shape[1], writes.shape[2], v.shape[2])
+    increments = torch.empty(shape, dtype=torch.float32, device=v.device)
+    totals = torch.zeros(shape[:3], dtype=torch.float32, device=v.device)
+    _walk(
+        writes, writes, v, prepared, splits, starts=None, final=increments, piece_totals=totals, state_scale=state_scale,
+        reverse=reverse,
+    )  # fmt: skip
+    return join(increments, totals, initial_state, splits, reverse=reverse)
+
+
+def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
+    """Tokens of a piece where long segments are split, from sizes alone."""
+    launch = choose_launch("walk", k.shape[2], v.shape[2], v.dtype)
+    tiles = triton.cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
+    return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
+
+
+class Forward(NamedTuple):
+    """What a forward pass makes."""
+
+    output: Tensor
+    """`[S, H, V]` in the dtype of v."""
+    final_state: Tensor | None
+    """`[N, H, K, V]` float32, if wanted."""
+    starts: Tensor | None
+    """`[P, H, K, V]` float32, the state each piece starts from, where segments were split."""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    ragged: Ragged,
+    *,
+    scale: float,
+    want_final: bool,
+) -> Forward:
+    """The recurrence along ragged segments; arguments as the library op's."""
+    splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
+    prepared = _prepare(q, k, v, log_decay, splits, ragged)
+    starts, final = initial_state, None
+    if splits.cut:
+        starts, final = _joined(prepared.writes, v, prepared, splits, initial_state)
+    elif want_final:
+        final = torch.empty(ragged.num_segments, v.shape[1], k.shape[2], v.shape[2], device=v.device)
+    output = torch.empty_like(v)
+    _walk(
+        prepared.reads, prepared.writes, v, prepared, splits, starts=starts, output=output, scale=scale,
+        final=None if splits.cut else final,
+    )  # fmt: skip
+    if not ragged.dense:
+        zero_uncovered(output, ragged.cu_seqlens)
+    return Forward(output, final if want_final else None, starts if splits.cut else None)
+
+
+class Backward(NamedTuple):
+    """The gradients, each in the dtype of its input."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    initial_state: Tensor | None
+
+
+def backward(
+    d_output: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    starts: Tensor | None,
+    ragged: Ragged,
+    *,
+    scale: float,
+) -> Backward:
+    """The gradients of `forward`; `starts` as it returned them."""
+    num_tokens, heads, value_dim = v.shape
+    key_dim = k.shape[2]
+    splits = ragged.pieces(num_tokens, piece_length(k, v, ragged))
+    prepared = _prepare(q, k, v, log_decay, splits, ragged)
+    reverse_starts, d_initial = d_final, None
+    if splits.cut:
+        reverse_starts, d_initial = _joined(
+            prepared.reads, d_output, prepared, splits, d_final, state_scale=scale, reverse=True
+        )
+    else:
+        starts = initial_state
+    dv = torch.empty_like(v)
+    piece_ends = None
+    if starts is not None:
+        piece_ends = torch.empty(splits.num_pieces, heads, key_dim, value_dim, device=v.device)
+    _walk(
+        prepared.writes, prepared.reads, d_output, prepared, splits, starts=reverse_starts, output=dv, final=piece_ends,
+        scale=scale, state_scale=scale, reverse=True,
+    )  # fmt: skip
+    del prepared
+    # A key head's gradient is the sum over the value heads that share it, in float32.
+    shared = k.shape[1] != heads
+    dtype = torch.float32 if shared else k.dtype
+    dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
+    written = torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device)
+    d_decay = torch.empty_like(log_decay)
+    for kernel, name in ((_keys_kernel, "keys"), (_queries_kernel, "queries")):
+        launch = choose_launch(name, key_dim, value_dim, k.dtype)
+        tile = block_of(key_dim, launch.tile)
+        if name == "keys":
+            results = (dk, written, reverse_starts)
+        else:
+            at_start = None if starts is None else torch.linalg.vecdot(starts, piece_ends)
+            results = (written, dq, d_decay, starts, at_start)
+        kernel[(splits.num_pieces * heads * triton.cdiv(key_dim, tile),)](
+            q,
+            k,
+            v,
+            d_output,
+            log_decay,
+            *results,
+            splits.borders,
+            scale,
+            HEADS=heads,
+            K_HEADS=k.shape[1],
+            K=key_dim,
+            V=value_dim,
+            V_BLOCK=block_of(value_dim),
+            TILE=tile,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **_shared_constants(k, launch.chunk),
+        )
+    if not ragged.dense:
+        for gradient in (dq, dk, dv, d_decay):
+            zero_uncovered(gradient, ragged.cu_seqlens)
+    if shared:
+        dq, dk = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (dq, dk))
+    if initial_state is not None and not splits.cut:
+        d_initial = piece_ends
+    return Backward(dq, dk, dv, d_decay, d_initial if initial_state is not None else None)

@@ -1,0 +1,282 @@
+"""The scans as torch library operators: differentiable, and usable under `torch.compile`, fake tensors and graph capture.
+
+An operator takes and returns tensors, numbers and strings. What is not made is an empty tensor there, None outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.forms import Decay
+from linear_moe.kernels import gated_deltanet, gla, scalar_scan
+from linear_moe.kernels.splits import Ragged, num_pieces
+
+Tensors = tuple[Tensor, ...]
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+def _states_like(k: Tensor, v: Tensor, count: int | None, columns: int | None = None) -> Tensor:
+    """`[count, H, K, columns]` float32, or empty without a count."""
+    if count is None:
+        return v.new_empty(0, dtype=torch.float32)
+    return v.new_empty(count, v.shape[1], k.shape[2], v.shape[2] if columns is None else columns, dtype=torch.float32)
+
+
+def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
+    return None if length is None else num_pieces(v.shape[0], ragged.num_segments, length)
+
+
+@torch.library.custom_op("linear_moe::scalar_scan", mutates_args=())
+def _scalar(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
+    max_length: int, dense: bool, scale: float, want_final: bool, decay: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    made = scalar_scan.forward(
+        q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
+        want_final=want_final,
+    )  # fmt: skip
+    return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
+
+
+@_scalar.register_fake
+def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay):
+    ragged = Ragged(cu_seqlens, max_length, dense)
+    return (
+        torch.empty_like(v),
+        _states_like(k, v, ragged.num_segments if want_final else None),
+        _states_like(k, v, _pieces(v, ragged, scalar_scan.piece_length(k, v, ragged))),
+    )
+
+
+@torch.library.custom_op("linear_moe::scalar_scan_backward", mutates_args=())
+def _scalar_backward(
+    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
+    want_decay: bool, decay: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = scalar_scan.backward(
+        d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
+        decay=Decay(decay), scale=scale, want_decay=want_decay,
+    )  # fmt: skip
+    return made.q, made.k, made.v, _or_empty(made.log_decay, v), _or_empty(made.initial_state, v)
+
+
+@_scalar_backward.register_fake
+def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, max_length, dense, scale, want_decay, decay):
+    return (
+        *(torch.empty_like(x) for x in (q, k, v)),
+        torch.empty_like(log_decay) if want_decay else _or_empty(None, v),
+        _or_empty(None, v) if initial_state is None else torch.empty_like(initial_state),
+    )
+
+
+def _keep_for_scalar(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _scalar_gradients(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> Tensors:
+    want_decay = ctx.needs_input_grad[3] and ctx.decay == Decay.SCALAR.value
+    *dqkv, d_decay, d_initial = _scalar_backward(
+        d_output.contiguous(), d_final.contiguous() if ctx.want_final else None, *ctx.saved_tensors, ctx.max_length, ctx.dense,
+        ctx.scale, want_decay, ctx.decay,
+    )  # fmt: skip
+    return (*dqkv, _or_none(d_decay), _or_none(d_initial), None, None, None, None, None, None)
+
+
+_scalar.register_autograd(_scalar_gradients, setup_context=_keep_for_scalar)
+
+
+@torch.library.custom_op("linear_moe::gla", mutates_args=())
+def _vector(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor,
+    max_length: int, dense: bool, scale: float, want_final: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    made = gla.forward(
+        q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), scale=scale, want_final=want_final
+    )
+    return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
+
+
+@_vector.register_fake
+def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final):
+    ragged = Ragged(cu_seqlens, max_length, dense)
+    return (
+        torch.empty_like(v),
+        _states_like(k, v, ragged.num_segments if want_final else None),
+        _states_like(k, v, _pieces(v, ragged, gla.piece_length(k, v, ragged))),
+    )
+
+
+@torch.library.custom_op("linear_moe::gla_backward", mutates_args=())
+def _vector_backward(
+    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = gla.backward(
+        d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
+        scale=scale,
+    )  # fmt: skip
+    return made.q, made.k, made.v, made.log_decay, _or_empty(made.initial_state, v)
+
+
+@_vector_backward.register_fake
+def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, max_length, dense, scale):
+    return (
+        *(torch.empty_like(x) for x in (q, k, v, log_decay)),
+        _or_empty(None, v) if initial_state is None else torch.empty_like(initial_state),
+    )
+
+
+def _keep_for_vector(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _vector_gradients(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> Tensors:
+    *gradients, d_initial = _vector_backward(
+        d_output.contiguous(), d_final.contiguous() if ctx.want_final else None, *ctx.saved_tensors, ctx.max_length, ctx.dense,
+        ctx.scale,
+    )  # fmt: skip
+    return (*gradients, _or_none(d_initial), None, None, None, None, None)
+
+
+_vector.register_autograd(_vector_gradients, setup_context=_keep_for_vector)
+
+
+@torch.library.custom_op("linear_moe::gated_deltanet", mutates_args=())
+def _delta(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor, max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = gated_deltanet.forward(
+        q, k, v, log_decay, beta, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
+        want_final=want_final, keep=keep,
+    )  # fmt: skip
+    kept: tuple[Tensor | None, ...] = (None,) * 5
+    if made.kept is not None:
+        kept = (made.kept.wrong, *made.kept.solved, made.kept.starts, made.kept.transitions)
+    wrong, erasure, reads, starts, transitions = (_or_empty(x, v) for x in kept)
+    return made.output, _or_empty(made.final_state, v), wrong, erasure, reads, starts, transitions
+
+
+@_delta.register_fake
+def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay, keep):
+    ragged = Ragged(cu_seqlens, max_length, dense)
+    pieces = _pieces(v, ragged, gated_deltanet.piece_length(k, v, ragged)) if keep else None
+    chunk = gated_deltanet.chunk_length(k, v)
+    none = _or_empty(None, v)
+    return (
+        torch.empty_like(v),
+        _states_like(k, v, ragged.num_segments if want_final else None),
+        torch.empty_like(v) if keep else none,
+        *(v.new_empty(*v.shape[:2], chunk) if keep else _or_empty(None, v) for _ in range(2)),
+        _states_like(k, v, pieces),
+        _states_like(k, v, pieces, k.shape[2]),
+    )
+
+
+@torch.library.custom_op("linear_moe::gated_deltanet_backward", mutates_args=())
+def _delta_backward(
+    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor, wrong: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
+    transitions: Tensor, max_length: int, dense: bool, scale: float, decay: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = gated_deltanet.Kept(
+        wrong, gated_deltanet.Solved(erasure, reads), _or_none(starts), _or_none(transitions)
+    )
+    made = gated_deltanet.backward(
+        d_output, d_final, q, k, v, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
+        decay=Decay(decay), scale=scale,
+    )  # fmt: skip
+    return made.q, made.k, made.v, _or_empty(made.log_decay, v), made.beta, _or_empty(made.initial_state, v)
+
+
+@_delta_backward.register_fake
+def _(
+    d_output, d_final, q, k, v, log_decay, beta, initial_state, cu_seqlens, wrong, erasure, reads, starts, transitions,
+    max_length, dense, scale, decay,
+):  # fmt: skip
+    return (
+        *(torch.empty_like(x) for x in (q, k, v)),
+        _or_empty(None, v) if log_decay is None else torch.empty_like(log_decay),
+        torch.empty_like(beta),
+        _or_empty(None, v) if initial_state is None else torch.empty_like(initial_state),
+    )
+
+
+def _keep_for_delta(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _delta_gradients(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Tensor) -> Tensors:
+    *dqkv, d_decay, d_beta, d_initial = _delta_backward(
+        d_output.contiguous(), d_final.contiguous() if ctx.want_final else None, *ctx.saved_tensors, ctx.max_length, ctx.dense,
+        ctx.scale, ctx.decay,
+    )  # fmt: skip
+    return (*dqkv, _or_none(d_decay), d_beta, _or_none(d_initial), *(None,) * 7)
+
+
+_delta.register_autograd(_delta_gradients, setup_context=_keep_for_delta)
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    *,
+    decay: Decay,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    max_length: int,
+    dense: bool,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """S' = Diag(a_t) S_{t-1}; S_t = S' + k_t v_t^T, or S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = scale q_t^T S_t.
+
+    Args:
+        q: `[S, H_k, K]` bfloat16, float16 or float32, K up to 256.
+        k: `[S, H_k, K]` in the dtype of q.
+        v: `[S, H, V]` in the dtype of q, V up to 256, H a multiple of H_k.
+        log_decay: natural log, at most 0, float32: `[H]`, `[S, H]` or `[S, H, K]` as `decay` says, or None.
+        beta: `[S, H]` of any floating dtype, or None: no erase.
+        decay: the kind of decay. With `beta`, none or scalar.
+        scale: factor on the read.
+        initial_state: `[N, H, K, V]` float32, or None for zeros.
+        cu_seqlens: `[N + 1]` int64 on the device; tokens past the last border are in no segment and read 0.
+        max_length: a bound on the tokens of a segment.
+        dense: whether the segments cover every token.
+        return_final_state: whether to make the final state.
+
+    Returns:
+        The reads `[S, H, V]` in the dtype of v, and the final state `[N, H, K, V]` float32 or None. Differentiable in the
+        tensors (in a decay that is constant a head: not); the same input gives the same bits.
+    """
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    log_decay = None if log_decay is None else log_decay.float().contiguous()
+    where = (cu_seqlens, max_length, dense, scale, return_final_state)
+    if beta is not None:
+        assert decay in (Decay.NONE, Decay.SCALAR)
+        given = (q, k, v, log_decay, beta.float(), initial_state)
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+        output, final_state, *_ = _delta(*given, *where, decay.value, keep)
+    elif decay is Decay.VECTOR:
+        output, final_state, _ = _vector(q, k, v, log_decay, initial_state, *where)
+    else:
+        output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value)
+    return output, final_state if return_final_state else None
