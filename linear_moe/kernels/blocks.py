@@ -21,10 +21,10 @@ COLUMNS_BLOCK = 512
 
 
 @triton.jit
-def piece_of(borders_ptr, piece):
+def piece_of(borders_ptr, stride, piece):
     """First token of a piece of a segment (int64) and how many it has (int32)."""
-    start = tl.load(borders_ptr + 2 * piece)
-    size = (tl.load(borders_ptr + 2 * piece + 1) - start).to(tl.int32)
+    start = tl.load(borders_ptr + stride * piece)
+    size = (tl.load(borders_ptr + stride * piece + 1) - start).to(tl.int32)
     return start, size
 
 
@@ -35,7 +35,7 @@ def load_rows(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, 
     The offsets inside a tile are 32-bit and the same in every step of a walk: only a scalar moves, and the registers that
     64-bit addresses of every row would take are free for the state.
     """
-    at = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    at = rows.to(tl.int64)[:, None] * (HEADS * WIDTH) + columns[None, :]
     base = ptr + (first * HEADS + head) * WIDTH
     return tl.load(base + at, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
@@ -43,7 +43,7 @@ def load_rows(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, 
 @triton.jit
 def load_columns(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, columns, valid):
     """The same tile transposed, `[columns, rows]`, by address: no accumulator and no operand is transposed."""
-    at = rows[None, :] * (HEADS * WIDTH) + columns[:, None]
+    at = rows.to(tl.int64)[None, :] * (HEADS * WIDTH) + columns[:, None]
     base = ptr + (first * HEADS + head) * WIDTH
     return tl.load(base + at, mask=valid[None, :] & (columns < WIDTH)[:, None], other=0.0)
 
@@ -51,7 +51,7 @@ def load_columns(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, row
 @triton.jit
 def store_rows(ptr, tile, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, columns, valid):
     """The reverse of `load_rows`, rounded to the tensor's dtype."""
-    at = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    at = rows.to(tl.int64)[:, None] * (HEADS * WIDTH) + columns[None, :]
     base = ptr + (first * HEADS + head) * WIDTH
     tl.store(base + at, tile.to(ptr.dtype.element_ty), mask=valid[:, None] & (columns < WIDTH)[None, :])
 
@@ -68,22 +68,19 @@ def state_offsets(piece, head, HEADS: tl.constexpr, rows, columns, ROWS: tl.cons
 
 
 @triton.jit
-def summed_decays(decay_ptr, rate, head, first, rows, valid, num_rows, num_tokens, DECAY: tl.constexpr,
-                  EXACT: tl.constexpr):  # fmt: skip
+def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY: tl.constexpr):
     """Sums of the log decays up to each row of a chunk, and over its `num_rows` rows.
 
-    `decay_ptr` is `[H, S]`, heads first, so that a program reads its head's side by side. A difference of sums is a small
-    number made of large ones: float32 results need it in float64 (EXACT).
+    `decay_ptr` holds them as `chunk_sums` makes them; a constant decay a head is `rate` a row.
     """
     if DECAY == HEAD_DECAY:
         summed = rate * (rows + 1)
         total = rate * num_rows
     else:
-        each = tl.load(decay_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
-        if EXACT:
-            each = each.to(tl.float64)
-        summed = tl.cumsum(each, 0)
-        total = tl.sum(each, 0)
+        base = decay_ptr + head.to(tl.int64) * num_tokens + first
+        # Rows past the last keep its sum: their decays must not overflow.
+        summed = tl.load(base + tl.minimum(rows, num_rows - 1))
+        total = tl.load(base + (num_rows - 1))
     return summed, total
 
 
@@ -119,6 +116,39 @@ def zero_uncovered(tensor: Tensor, cu_seqlens: Tensor) -> Tensor:
             COLUMNS=COLUMNS_BLOCK,
         )
     return tensor
+
+
+@triton.jit
+def _chunk_sums_kernel(decay_ptr, sums_ptr, borders_ptr, num_tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+                       CHUNK: tl.constexpr):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    start, size = piece_of(borders_ptr, 2, chunk)
+    rows = tl.arange(0, CHUNK)
+    for head in range(0, HEADS, BLOCK):
+        heads = head + tl.arange(0, BLOCK)
+        mask = (rows < size)[:, None] & (heads < HEADS)[None, :]
+        each = tl.load(decay_ptr + (start + rows)[:, None] * HEADS + heads[None, :], mask=mask, other=0.0)
+        at = heads[None, :].to(tl.int64) * num_tokens + (start + rows)[:, None]
+        tl.store(sums_ptr + at, tl.cumsum(each.to(sums_ptr.dtype.element_ty), 0), mask=mask)
+
+
+def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> Tensor:
+    """Sums of scalar log decays `[S, H]` along every chunk up to each token, `[H, S]`: a walk reads its head's side by side.
+
+    A difference of sums is a small number made of large ones: `exact` results need it in float64. `borders` are the chunks'.
+    """
+    num_tokens, heads = log_decay.shape
+    sums = log_decay.new_empty(heads, num_tokens, dtype=torch.float64 if exact else torch.float32)
+    _chunk_sums_kernel[(borders.shape[0],)](
+        log_decay,
+        sums,
+        borders,
+        num_tokens,
+        HEADS=heads,
+        BLOCK=min(triton.next_power_of_2(heads), 16),
+        CHUNK=chunk,
+    )
+    return sums
 
 
 def block_of(size: int, largest: int | None = None) -> int:

@@ -26,6 +26,7 @@ def _decay_gradient_kernel(
     start_ptr,
     gradient_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     HEADS: tl.constexpr,
     READ_TILES: tl.constexpr,
@@ -35,7 +36,7 @@ def _decay_gradient_kernel(
     program = tl.program_id(0)
     head = (program % HEADS).to(tl.int64)
     piece = (program // HEADS).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     # In float64: over a long piece the sums are far larger than what they differ by.
     carry = tl.full((), 0.0, tl.float64)
     if start_ptr is not None:
@@ -71,6 +72,7 @@ def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borde
         at_start,
         gradient,
         borders,
+        borders.stride(0),
         num_tokens,
         HEADS=heads,
         READ_TILES=read.shape[0],

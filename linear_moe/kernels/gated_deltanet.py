@@ -5,11 +5,12 @@ and so are its gradients for q and k. What the erase adds is that r depends on i
 
     x = v - e^G k S_0,   r = x - E (b x),   E = A (I + diag(b) A)^-1,   A_tj = <k_t, k_j> e^(G_t - G_j) for j < t
 
-(2412.06464, section 3.3, solved for r rather than u: nothing is divided by b, which may be 0). Five kernels:
+(2412.06464, section 3.3, solved for r rather than u: nothing is divided by b, which may be 0). Six kernels:
 
     _solve       chunk-parallel: E, and the reads P_tj = <q_t, k_j> e^(G_t - G_j), j <= t
     _forward     forwards, a tile of value channels: r and o, from the state S [K, tile] in registers
     _values      backwards, likewise: dw = du - E^T (b du) with du = dS^T k, dv = b dw, and b's gradient <dw, r>
+    _pairs       chunk-parallel: <do_t, u_j> and <dv_t, u_j>, decayed
     _queries     forwards, a tile of key channels, state S^T: dq, and the erase's part of dk, -S'_t dv_t
     _keys        backwards, likewise, state dS^T: the write's part of dk, dS_t u_t
 
@@ -30,6 +31,7 @@ from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     NO_DECAY,
     block_of,
+    chunk_sums,
     load_columns,
     load_rows,
     num_processors,
@@ -44,9 +46,6 @@ from linear_moe.kernels.blocks import (
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.join import join_affine
 from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
-
-SOLVE_BLOCK = tl.constexpr(16)
-
 
 class Launch(NamedTuple):
     """Launch parameters of the walks."""
@@ -70,47 +69,20 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
 
 
 @triton.jit
-def _substitute(lower, right, SIZE: tl.constexpr):
-    """(I + lower)^-1 right, row by row: slow, and as exact as float32 gets."""
-    rows = tl.arange(0, SIZE)
-    for step in range(1, SIZE):
-        this = (rows == step)[:, None]
-        factors = tl.sum(tl.where(this, lower, 0.0), 0)
-        right = tl.where(this, right - tl.sum(factors[:, None] * right, 0)[None, :], right)
-    return right
+def _unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32, by doubling the blocks that are inverted.
 
-
-@triton.jit
-def _unit_lower_inverse(lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32.
-
-    Blocks on the diagonal by substitution, row by row; then the rest as a series of products, (I + N)^-1 = I - N + N^2 - N^3 for
-    N = inverse(diagonal blocks) times what is below them: at most four blocks a side, so N^4 = 0, and the terms stay small
-    where powers of the whole triangle would not (keys nearly parallel).
+    With X the inverse of the blocks of one width and L what joins two of them, the pair's inverse is X - X L X: block
+    substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel).
     """
-    BLOCKS: tl.constexpr = SIZE // SOLVE_BLOCK
-    tl.static_assert(BLOCKS <= 4)
-    block = tl.arange(0, BLOCKS)
-    row = tl.arange(0, SOLVE_BLOCK)
-    on_diagonal = (block[:, None] == block[None, :])[:, None, :, None]
-    blocks = tl.reshape(lower, (BLOCKS, SOLVE_BLOCK, BLOCKS, SOLVE_BLOCK))
-    diagonal = tl.sum(tl.where(on_diagonal, blocks, 0.0), 2)
-    identity = (row[:, None] == row[None, :]).to(tl.float32)[None, :, :]
-    inverse = tl.broadcast_to(identity, (BLOCKS, SOLVE_BLOCK, SOLVE_BLOCK))
-    for step in range(1, SOLVE_BLOCK):
-        this = (row == step)[None, :, None]
-        factors = tl.sum(tl.where(this, diagonal, 0.0), 1)
-        solved = tl.sum(factors[:, :, None] * inverse, 1)
-        inverse = tl.where(this, identity - solved[:, None, :], inverse)
-    spread = tl.where(on_diagonal, inverse[:, :, None, :], 0.0)
-    inner = tl.reshape(spread, (SIZE, SIZE))
     rows = tl.arange(0, SIZE)
-    below = (rows[:, None] // SOLVE_BLOCK) > (rows[None, :] // SOLVE_BLOCK)
-    first = tl.dot(inner, tl.where(below, lower, 0.0), input_precision=PRECISION)
-    second = tl.dot(first, first, input_precision=PRECISION)
-    third = tl.dot(first, second, input_precision=PRECISION)
-    series = (rows[:, None] == rows[None, :]).to(tl.float32) - first + second - third
-    return tl.dot(series, inner, input_precision=PRECISION)
+    row, column = rows[:, None], rows[None, :]
+    inverse = tl.where(row == column, 1.0, tl.where((row == column + 1) & (row % 2 == 1), -lower, 0.0))
+    for level in tl.static_range(1, LEVELS):
+        joins = (row // (2 << level) == column // (2 << level)) & (row // (1 << level) != column // (1 << level))
+        step = tl.dot(tl.where(joins, lower, 0.0), inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, step, input_precision=PRECISION)
+    return inverse
 
 
 @triton.jit
@@ -122,44 +94,44 @@ def _solve_kernel(
     erasure_ptr,
     reads_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr,
     K_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % HEADS
-    start, size = piece_of(borders_ptr, (program // HEADS).to(tl.int64))
+    start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
+    if size == 0:
+        return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
     valid = rows < size
-    first = start
-    k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-    q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-    beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
+    k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+    q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+    beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
     overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     seen = rows[:, None] >= rows[None, :]
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(
-            decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+            decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY
         )
         pairs = pair_decays(summed[:, None], summed[None, :], seen)
         overlaps *= pairs
         reads *= pairs
-    store_rows(reads_ptr, tl.where(seen, reads, 0.0), first, head, HEADS, CHUNK, rows, rows, valid)
+    store_rows(reads_ptr, tl.where(seen, reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
     overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
-    if PRECISION == "ieee":
-        erasure = _substitute(overlaps * beta[None, :], overlaps, CHUNK)
-    else:
-        inverse = _unit_lower_inverse(overlaps * beta[:, None], CHUNK, PRECISION)
-        erasure = tl.dot(overlaps, inverse, input_precision=PRECISION)
-    store_rows(erasure_ptr, erasure, first, head, HEADS, CHUNK, rows, rows, valid)
+    inverse = _unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
+    erasure = tl.dot(overlaps, inverse, input_precision=PRECISION)
+    store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
 
 
 @triton.jit
@@ -176,6 +148,7 @@ def _forward_kernel(
     initial_ptr,
     final_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -197,7 +170,7 @@ def _forward_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
@@ -221,7 +194,7 @@ def _forward_kernel(
         wrong = -tl.dot(k, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
             )
             from_start = tl.exp(summed.to(tl.float32))[:, None]
             to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
@@ -263,6 +236,7 @@ def _values_kernel(
     initial_ptr,
     final_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -284,7 +258,7 @@ def _values_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
@@ -311,7 +285,7 @@ def _values_kernel(
         read = do
         if DECAY != NO_DECAY:
             summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
             )
             from_start = tl.exp(summed.to(tl.float32))[:, None]
             d_write *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
@@ -334,6 +308,55 @@ def _values_kernel(
 
 
 @triton.jit
+def _pairs_kernel(
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    reads_ptr,
+    erases_ptr,
+    own_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % HEADS
+    start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
+    if size == 0:
+        return
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    valid = rows < size
+    at = head.to(tl.int64) * num_tokens + start + rows
+    wrong = load_rows(wrong_ptr, start, head, HEADS, V, rows, values, valid)
+    do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
+    dv = load_rows(dv_ptr, start, head, HEADS, V, rows, values, valid)
+    beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+    earlier = rows[:, None] > rows[None, :]
+    # What is written is u = b r.
+    weights = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
+    if DECAY != NO_DECAY:
+        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY)
+        weights *= pair_decays(summed[:, None], summed[None, :], earlier)
+    reads = scale * tl.dot(do, tl.trans(wrong), input_precision=PRECISION)
+    # A token's own pair crosses nothing: it stands apart from the sums that the decay's gradient is made of.
+    own = beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
+    tl.store(own_ptr + at, own, mask=valid)
+    store_rows(reads_ptr, tl.where(earlier, weights * reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+    erases = tl.dot(dv, tl.trans(wrong), input_precision=PRECISION)
+    store_rows(erases_ptr, tl.where(earlier, -weights * erases, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+
+
+@triton.jit
 def _queries_kernel(
     q_ptr,
     k_ptr,
@@ -342,11 +365,15 @@ def _queries_kernel(
     wrong_ptr,
     decay_ptr,
     beta_ptr,
+    reads_ptr,
+    erases_ptr,
+    own_ptr,
     dq_ptr,
     dk_ptr,
     overlap_ptr,
     initial_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -364,7 +391,7 @@ def _queries_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)
@@ -378,46 +405,43 @@ def _queries_kernel(
     for chunk in range(tl.cdiv(size, CHUNK)):
         first = start + chunk * CHUNK
         valid = rows < size - chunk * CHUNK
+        at = head.to(tl.int64) * num_tokens + first + rows
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
         dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
         wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
+        reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        erases = load_rows(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
-        rounded = state.to(dtype)
-        earlier = rows[:, None] > rows[None, :]
         # u = b r is never made: b goes into what u is multiplied with, so that r goes from memory into the products as it is.
-        pairs = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
-        keep = beta[:, None] * k.to(tl.float32)
+        written = tl.load(beta_ptr + at, mask=valid, other=0.0)
+        rounded = state.to(dtype)
         if DECAY != NO_DECAY:
             summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
             )
-            pairs *= pair_decays(summed[:, None], summed[None, :], earlier)
             from_start = tl.exp(summed.to(tl.float32))[:, None]
-            keep *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            written *= tl.exp((total - summed).to(tl.float32))
             state *= tl.exp(total.to(tl.float32))
-        reads = tl.dot(do, tl.trans(wrong), input_precision=PRECISION)
-        # A token's own pair crosses nothing: it is added after the overlap is taken.
-        own = scale * beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
-        dq = tl.dot(do, rounded, input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dq *= from_start
-        dq = tl.dot(tl.where(earlier, pairs * reads, 0.0).to(dtype), k, acc=dq, input_precision=PRECISION)
-        dq *= scale
-        store_rows(dq_ptr, dq + own[:, None] * k.to(tl.float32), first, head, HEADS, K, rows, keys, valid)
-        if overlap_ptr is not None:
-            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-            overlap = tl.sum(q.to(tl.float32) * dq, 1)
-        erases = tl.dot(dv, tl.trans(wrong), input_precision=PRECISION)
-        dk = tl.dot(dv, rounded, input_precision=PRECISION)
+        dk = -tl.dot(dv, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             dk *= from_start
-        dk = tl.dot(tl.where(earlier, pairs * erases, 0.0).to(dtype), k, acc=dk, input_precision=PRECISION)
-        store_rows(dk_ptr, -dk, first, head, HEADS, K, rows, keys, valid)
+        dk = tl.dot(erases, k, acc=dk, input_precision=PRECISION)
+        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
+        dq = scale * tl.dot(do, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dq *= from_start
         if overlap_ptr is not None:
-            overlap -= tl.sum(k.to(tl.float32) * dk, 1)
-            tl.store(overlap_ptr + (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows, overlap, mask=valid)
-        state = tl.dot(tl.trans(wrong), keep.to(dtype), acc=state, input_precision=PRECISION)
+            overlap = tl.sum(k.to(tl.float32) * dk, 1)
+        dq = tl.dot(reads, k, acc=dq, input_precision=PRECISION)
+        if overlap_ptr is not None:
+            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+            overlap += tl.sum(q.to(tl.float32) * dq, 1)
+            tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
+        own = tl.load(own_ptr + at, mask=valid, other=0.0)
+        dq += own[:, None] * k.to(tl.float32)
+        store_rows(dq_ptr, dq, first, head, HEADS, K, rows, keys, valid)
+        keep = (written[:, None] * k.to(tl.float32)).to(dtype)
+        state = tl.dot(tl.trans(wrong), keep, acc=state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -429,10 +453,14 @@ def _keys_kernel(
     wrong_ptr,
     decay_ptr,
     beta_ptr,
+    reads_ptr,
+    erases_ptr,
+    own_ptr,
     dk_ptr,
     overlap_ptr,
     initial_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -451,7 +479,7 @@ def _keys_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)
@@ -467,37 +495,34 @@ def _keys_kernel(
         chunk = num_chunks - 1 - step
         first = start + chunk * CHUNK
         valid = rows < size - chunk * CHUNK
+        at = head.to(tl.int64) * num_tokens + first + rows
+        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
         dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
-        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
+        later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        later_erases = load_columns(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)
-        later = rows[:, None] < rows[None, :]
-        pairs = tl.broadcast_to(beta[:, None], (CHUNK, CHUNK))
-        written = beta[:, None]
+        written = tl.load(beta_ptr + at, mask=valid, other=0.0)
         asked = scale * q.to(tl.float32)
         erased = -k.to(tl.float32)
         rounded = state.to(dtype)
         if DECAY != NO_DECAY:
             summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, valid, size, num_tokens, DECAY, PRECISION == "ieee"
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
             )
             from_start = tl.exp(summed.to(tl.float32))[:, None]
-            pairs *= pair_decays(summed[None, :], summed[:, None], later)
-            written *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            written *= tl.exp((total - summed).to(tl.float32))
+            state *= tl.exp(total.to(tl.float32))
             asked *= from_start
             erased *= from_start
-            state *= tl.exp(total.to(tl.float32))
-        reads = scale * tl.dot(wrong, tl.trans(do), input_precision=PRECISION)
-        own = beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
-        dk = written * tl.dot(wrong, rounded, input_precision=PRECISION)
-        dk = tl.dot(tl.where(later, pairs * reads, 0.0).to(dtype), q, acc=dk, input_precision=PRECISION)
-        erases = tl.dot(wrong, tl.trans(dv), input_precision=PRECISION)
-        dk = tl.dot(tl.where(later, -pairs * erases, 0.0).to(dtype), k, acc=dk, input_precision=PRECISION)
+        dk = written[:, None] * tl.dot(wrong, rounded, input_precision=PRECISION)
+        dk = tl.dot(later_reads, q, acc=dk, input_precision=PRECISION)
+        dk = tl.dot(later_erases, k, acc=dk, input_precision=PRECISION)
         if overlap_ptr is not None:
             overlap = tl.sum(k.to(tl.float32) * dk, 1)
-            tl.store(overlap_ptr + (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows, overlap, mask=valid)
+            tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
+        own = tl.load(own_ptr + at, mask=valid, other=0.0)
         dk += own[:, None] * q.to(tl.float32)
         dk += load_rows(dk_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
         store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
@@ -518,11 +543,13 @@ class _Walk(NamedTuple):
     """What all walks of one call have in common."""
 
     kind: int
-    log_decay: Tensor | None
-    """Heads first, `[H, S]` float32."""
+    decays: Tensor | None
+    """The sums of a chunk's log decays `[H, S]`."""
     beta: Tensor
     """Heads first, `[H, S]` float32."""
     splits: Splits
+    chunks: Splits
+    """A piece is a multiple of a chunk: chunks of segments are chunks of pieces."""
 
     def constants(self, k: Tensor, v: Tensor) -> dict[str, object]:
         return {
@@ -548,12 +575,13 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
 
 
 def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
-    return _Walk(
-        DECAY_KINDS[decay],
-        None if log_decay is None else log_decay.t().contiguous(),
-        beta.t().contiguous(),
-        ragged.pieces(v.shape[0], piece_length(k, v, ragged)),
-    )
+    chunk = chunk_length(k, v)
+    chunks = cut(ragged.cu_seqlens, v.shape[0], chunk, ragged.max_length)
+    decays = None
+    if log_decay is not None:
+        decays = chunk_sums(log_decay, chunks.borders, chunk, exact=k.dtype == torch.float32)
+    splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
+    return _Walk(DECAY_KINDS[decay], decays, beta.t().contiguous(), splits, chunks)
 
 
 def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[tuple[int], dict[str, int]]:
@@ -572,24 +600,24 @@ def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[tuple[int]
     return (splits.num_pieces * v.shape[1] * triton.cdiv(tiled, tile),), parameters
 
 
-def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, ragged: Ragged) -> Solved:
+def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
     erasure, reads = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
-    # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
-    chunks = cut(ragged.cu_seqlens, num_tokens, chunk, ragged.max_length)
     constants = walk.constants(k, v)
     del constants["V"]
-    _solve_kernel[(chunks.num_pieces * heads,)](
+    _solve_kernel[(walk.chunks.num_pieces * heads,)](
         q,
         k,
-        walk.log_decay,
+        walk.decays,
         walk.beta,
         erasure,
         reads,
-        chunks.borders,
+        walk.chunks.borders,
+        walk.chunks.borders.stride(0),
         num_tokens,
         CHUNK=chunk,
+        LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
         num_warps=4,
         num_stages=1,
@@ -617,7 +645,7 @@ def _run_forward(
         q,
         k,
         v,
-        walk.log_decay,
+        walk.decays,
         walk.beta,
         solved.erasure,
         solved.reads,
@@ -626,6 +654,7 @@ def _run_forward(
         starts,
         final,
         walk.splits.borders,
+        walk.splits.borders.stride(0),
         v.shape[0],
         scale,
         TRANSITION=transition,
@@ -673,7 +702,7 @@ def forward(
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
-    solved = _solve(q, k, v, walk, ragged)
+    solved = _solve(q, k, v, walk)
     heads, key_dim, value_dim = v.shape[1], k.shape[2], v.shape[2]
     starts, final, transitions = initial_state, None, None
     cut_up = walk.splits.cut
@@ -730,7 +759,7 @@ def backward(
     key_dim, num_pieces, cut_up = k.shape[2], walk.splits.num_pieces, walk.splits.cut
     constants = walk.constants(k, v)
     starts = kept.starts if cut_up else initial_state
-    gates = (walk.log_decay, walk.beta)
+    gates = (walk.decays, walk.beta)
     grid, parameters = _launch("values", k, v, walk.splits)
     tiles = triton.cdiv(value_dim, parameters["TILE"])
     d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
@@ -739,7 +768,7 @@ def backward(
     def run_values(output: Tensor | None, start: Tensor | None, final: Tensor | None) -> None:
         _values_kernel[grid](
             q, k, d_output, kept.wrong, *gates, kept.solved.erasure, kept.solved.reads, output, d_beta, start, final,
-            walk.splits.borders, num_tokens, scale, **parameters, **constants,
+            walk.splits.borders, walk.splits.borders.stride(0), num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 
     reverse_starts, d_initial = d_final, None
@@ -755,24 +784,32 @@ def backward(
         piece_ends = torch.empty(num_pieces, heads, key_dim, value_dim, device=v.device)
     run_values(dv, reverse_starts, piece_ends)
 
+    chunk = chunk_length(k, v)
+    reads, erases = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
+    own = torch.empty(heads, num_tokens, dtype=torch.float32, device=k.device)
+    _pairs_kernel[(walk.chunks.num_pieces * heads,)](
+        d_output, dv, kept.wrong, *gates, reads, erases, own, walk.chunks.borders, walk.chunks.borders.stride(0), num_tokens,
+        scale, HEADS=heads, V=value_dim, CHUNK=chunk, V_BLOCK=block_of(value_dim), DECAY=walk.kind,
+        PRECISION=precision_of(k.dtype), num_warps=4, num_stages=1,
+    )  # fmt: skip
     # A key head's gradient is the sum over the value heads that share it, in float32.
     shared = k.shape[1] != heads
     dtype = torch.float32 if shared else k.dtype
     dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
+    both = (q, k, d_output, dv, kept.wrong, *gates, reads, erases, own)
+    where = (walk.splits.borders, walk.splits.borders.stride(0), num_tokens, scale)
+
+    def new_overlap(tile: int) -> Tensor | None:
+        if log_decay is None:
+            return None
+        return torch.empty(triton.cdiv(key_dim, tile), heads, num_tokens, dtype=torch.float32, device=v.device)
+
     grid, parameters = _launch("queries", k, v, walk.splits)
-    tiles = triton.cdiv(key_dim, parameters["TILE"])
-    read, written = None, None
-    if log_decay is not None:
-        read, written = torch.empty(2, tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
-    _queries_kernel[grid](
-        q, k, d_output, dv, kept.wrong, *gates, dq, dk, read, starts, walk.splits.borders, num_tokens, scale,
-        **parameters, **constants,
-    )  # fmt: skip
+    read = new_overlap(parameters["TILE"])
+    _queries_kernel[grid](*both, dq, dk, read, starts, *where, **parameters, **constants)
     grid, parameters = _launch("keys", k, v, walk.splits)
-    _keys_kernel[grid](
-        q, k, d_output, dv, kept.wrong, *gates, dk, written, reverse_starts, walk.splits.borders, num_tokens, scale,
-        **parameters, **constants,
-    )  # fmt: skip
+    written = new_overlap(parameters["TILE"])
+    _keys_kernel[grid](*both, dk, written, reverse_starts, *where, **parameters, **constants)
     if not ragged.dense:
         for gradient in (dq, dk, dv):
             zero_uncovered(gradient, ragged.cu_seqlens)

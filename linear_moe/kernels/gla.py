@@ -16,7 +16,7 @@ The exponentials are the cost, so each is made once a token and channel, never o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,10 +37,11 @@ from linear_moe.kernels.blocks import (
 from linear_moe.kernels.join import join
 from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
 
-MILD = tl.constexpr(40.0)
+MILDEST = tl.constexpr(40.0)
 """A chunk in which no channel fades by more than e^40 is multiplied out around its middle row: two exponentials a number."""
-MILD_EXACT = tl.constexpr(4.0)
+MILDEST_EXACT = tl.constexpr(4.0)
 """The same where results are float32: an exponent's own rounding must stay below that of its exponential."""
+FADES_BLOCK = tl.constexpr(64)
 
 
 class Launch(NamedTuple):
@@ -59,21 +60,24 @@ def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype)
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.
         return Launch(chunk=64 if largest <= 64 else 32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
-    if kernel == "prepare":
-        return Launch(chunk=64, tile=64, num_warps=4, num_stages=1)
-    if largest > 128:
-        return Launch(chunk=64, tile=64, num_warps=8, num_stages=2 if kernel == "walk" else 1)
-    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if kernel == "walk" else 1)
+    if kernel == "walk":
+        return Launch(chunk=64, tile=64, num_warps=8 if largest > 128 else 4, num_stages=2)
+    return Launch(chunk=64, tile=32 if largest > 128 and kernel != "prepare" else 64, num_warps=8, num_stages=1)
 
 
 @triton.jit
-def _fades_mildly(summed, EXACT: tl.constexpr):
-    """Whether no channel of a chunk fades by more than is safe to undo."""
-    fade = tl.max(-tl.min(summed, 0).to(tl.float32), 0)
+def _fades_mildly(fades_ptr, first_chunk, num_chunks, head, HEADS: tl.constexpr, EXACT: tl.constexpr):
+    """Whether no channel of a head fades by more than is safe to undo in any of some chunks."""
+    worst = 0.0
+    for start in range(0, num_chunks, FADES_BLOCK):
+        chunk = start + tl.arange(0, FADES_BLOCK)
+        fades = tl.load(fades_ptr + (first_chunk + chunk) * HEADS + head, mask=chunk < num_chunks, other=0.0)
+        worst = tl.maximum(worst, tl.max(fades, 0))
     if EXACT:
-        return fade < MILD_EXACT
+        mild = worst < MILDEST_EXACT
     else:
-        return fade < MILD
+        mild = worst < MILDEST
+    return mild
 
 
 @triton.jit
@@ -104,7 +108,7 @@ def _fade(difference):
 
 @triton.jit
 def _decayed_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
-                      LEVELS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                      LEVELS: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """P for j < t, else 0, over some channels.
 
     A pair meets at the one level of halving at which its rows lie in different halves of a block; both refer to the later half's
@@ -112,7 +116,7 @@ def _decayed_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, 
     """
     rows = tl.arange(0, CHUNK)
     later, earlier = rows[:, None], rows[None, :]
-    if _fades_mildly(summed, EXACT):
+    if MILD:
         difference = (summed - _row(summed, rows, CHUNK // 2)).to(tl.float32)
         reads = (q * tl.exp(difference)).to(OPERAND)
         writes = (k * tl.exp(-difference)).to(OPERAND)
@@ -131,14 +135,14 @@ def _decayed_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, 
 
 @triton.jit
 def _decayed_sum(weights, x, summed, REVERSE: tl.constexpr, OPERAND: tl.constexpr, CHUNK: tl.constexpr,
-                 CHANNELS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                 CHANNELS: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """sum_j weights_tj x_j e^(G_t - G_j) over j < t a channel; REVERSE: over j > t with e^(G_j - G_t). As `_decayed_products`."""
     rows = tl.arange(0, CHUNK)
     if REVERSE:
         later, earlier = rows[None, :], rows[:, None]
     else:
         later, earlier = rows[:, None], rows[None, :]
-    if _fades_mildly(summed, EXACT):
+    if MILD:
         difference = (summed - _row(summed, rows, CHUNK // 2)).to(tl.float32)
         if REVERSE:
             difference = -difference
@@ -175,13 +179,16 @@ def _prepare_kernel(
     writes_ptr,
     products_ptr,
     totals_ptr,
+    fades_ptr,
     borders_ptr,
+    borders_stride,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
+    MILD: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -189,10 +196,23 @@ def _prepare_kernel(
     program = tl.program_id(0)
     head = program % HEADS
     chunk = (program // HEADS).to(tl.int64)
-    start, size = piece_of(borders_ptr, chunk)
+    start, size = piece_of(borders_ptr, borders_stride, chunk)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     valid = rows < size
+    if MILD:
+        worst = 0.0
+        for key in tl.static_range(0, K, TILE):
+            each = load_rows(decay_ptr, start, head, HEADS, K, rows, key + tl.arange(0, TILE), valid)
+            worst = tl.maximum(worst, -tl.min(tl.sum(each, 0), 0))
+        tl.store(fades_ptr + chunk * HEADS + head, worst)
+        # A NaN is not mild, so that it gets where it belongs.
+        limit = MILDEST_EXACT if EXACT else MILDEST
+        mine = worst < limit
+    else:
+        mine = not _fades_mildly(fades_ptr, chunk, 1, head, HEADS, EXACT)
+    if not mine:
+        return
     products = tl.zeros((CHUNK, CHUNK), tl.float32)
     own = tl.zeros((CHUNK,), tl.float32)
     for key in tl.static_range(0, K, TILE):
@@ -204,7 +224,7 @@ def _prepare_kernel(
         store_rows(writes_ptr, k * _fade(total[None, :] - summed), start, head, HEADS, K, rows, keys, valid)
         tl.store(totals_ptr + (chunk * HEADS + head) * K + keys, total.to(tl.float32), mask=keys < K)
         own += tl.sum(q * k, 1)
-        products += _decayed_products(q, k, summed, OPERAND, CHUNK, TILE, LEVELS, PRECISION, EXACT)
+        products += _decayed_products(q, k, summed, OPERAND, CHUNK, TILE, LEVELS, MILD, PRECISION)
     products = tl.where(rows[:, None] == rows[None, :], own[:, None], products)
     store_rows(products_ptr, products, start, head, HEADS, CHUNK, rows, rows, valid)
 
@@ -222,6 +242,7 @@ def _walk_kernel(
     final_ptr,
     piece_totals_ptr,
     borders_ptr,
+    borders_stride,
     scale,
     state_scale,
     HEADS: tl.constexpr,
@@ -241,7 +262,7 @@ def _walk_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     first_chunk = tl.load(chunks_ptr + piece)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
@@ -293,7 +314,10 @@ def _keys_kernel(
     dk_ptr,
     written_ptr,
     initial_ptr,
+    fades_ptr,
+    chunks_ptr,
     borders_ptr,
+    borders_stride,
     scale,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -303,6 +327,7 @@ def _keys_kernel(
     V_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
+    MILD: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -312,7 +337,10 @@ def _keys_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    num_chunks = tl.cdiv(size, CHUNK)
+    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, EXACT) != MILD:
+        return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)
@@ -323,7 +351,6 @@ def _keys_kernel(
         state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
     else:
         state = tl.zeros((V_BLOCK, TILE), tl.float32)
-    num_chunks = tl.cdiv(size, CHUNK)
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step
         first = start + chunk * CHUNK
@@ -336,7 +363,7 @@ def _keys_kernel(
         pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
         dk = tl.dot(v, state.to(dtype), input_precision=PRECISION) * _fade(total[None, :] - summed)
-        dk += _decayed_sum(pairs, q, summed, True, OPERAND, CHUNK, TILE, LEVELS, PRECISION, EXACT)
+        dk += _decayed_sum(pairs, q, summed, True, OPERAND, CHUNK, TILE, LEVELS, MILD, PRECISION)
         store_rows(written_ptr, k * dk, first, head, HEADS, K, rows, keys, valid)
         store_rows(dk_ptr, dk + own[:, None] * q, first, head, HEADS, K, rows, keys, valid)
         state *= tl.exp(total.to(tl.float32))[None, :]
@@ -355,7 +382,10 @@ def _queries_kernel(
     ddecay_ptr,
     initial_ptr,
     at_start_ptr,
+    fades_ptr,
+    chunks_ptr,
     borders_ptr,
+    borders_stride,
     scale,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -365,6 +395,7 @@ def _queries_kernel(
     V_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
+    MILD: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -374,7 +405,10 @@ def _queries_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    num_chunks = tl.cdiv(size, CHUNK)
+    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, EXACT) != MILD:
+        return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)
@@ -389,7 +423,7 @@ def _queries_kernel(
         crossing += tl.load(at_start_ptr + (piece * HEADS + head) * K + keys, mask=keys < K, other=0.0).to(SUM_DTYPE)
     else:
         state = tl.zeros((V_BLOCK, TILE), tl.float32)
-    for chunk in range(tl.cdiv(size, CHUNK)):
+    for chunk in range(num_chunks):
         first = start + chunk * CHUNK
         valid = rows < size - chunk * CHUNK
         v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
@@ -400,7 +434,7 @@ def _queries_kernel(
         pairs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
         dq = tl.dot(do, state.to(dtype), input_precision=PRECISION) * _fade(summed)
-        dq += _decayed_sum(pairs, k, summed, False, OPERAND, CHUNK, TILE, LEVELS, PRECISION, EXACT)
+        dq += _decayed_sum(pairs, k, summed, False, OPERAND, CHUNK, TILE, LEVELS, MILD, PRECISION)
         dq *= scale
         written = load_rows(written_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
         change = (written - q * dq).to(SUM_DTYPE)
@@ -423,6 +457,8 @@ class _Prepared(NamedTuple):
     """P `[S, H, C]`: a token's row of its chunk's matrix."""
     totals: Tensor
     """G_C of every chunk `[chunks, H, K]` float32."""
+    fades: Tensor
+    """How much the channel of a head that fades most does in each chunk `[chunks, H]` float32."""
     first_chunks: Tensor
     """`[P]` the chunk each piece begins with."""
 
@@ -442,27 +478,21 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     reads, writes = (torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device) for _ in range(2))
     products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
     totals = torch.empty(chunks.num_pieces, heads, key_dim, dtype=torch.float32, device=k.device)
-    _prepare_kernel[(chunks.num_pieces * heads,)](
-        q,
-        k,
-        log_decay,
-        reads,
-        writes,
-        products,
-        totals,
-        chunks.borders,
-        HEADS=heads,
-        K_HEADS=k.shape[1],
-        K=key_dim,
-        TILE=block_of(key_dim, launch.tile),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        **_shared_constants(k, chunk),
-    )
-    # Pieces past the last are empty, whatever chunk they begin with.
-    into = (splits.borders[:, 0] - ragged.cu_seqlens[splits.owner]).clamp_min(0) // chunk
-    first = (chunks.first[splits.owner] + into).clamp_max(chunks.num_pieces - 1)
-    return _Prepared(reads, writes, products, totals, first)
+    fades = totals.new_empty(chunks.num_pieces, heads)
+    # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
+    for mild in (True, False):
+        _prepare_kernel[(chunks.num_pieces * heads,)](
+            q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
+            K_HEADS=k.shape[1], K=key_dim, TILE=block_of(key_dim, launch.tile), MILD=mild, num_warps=launch.num_warps,
+            num_stages=launch.num_stages, **_shared_constants(k, chunk),
+        )  # fmt: skip
+    assert chunks.first is not None
+    first = chunks.first[:-1]
+    if splits.owner is not None:
+        # Pieces past the last are empty, whatever chunk they begin with.
+        into = (splits.borders[:, 0] - ragged.cu_seqlens[splits.owner]).clamp_min(0) // chunk
+        first = (first[splits.owner] + into).clamp_max(chunks.num_pieces - 1)
+    return _Prepared(reads, writes, products, totals, fades, first)
 
 
 def _walk(
@@ -495,6 +525,7 @@ def _walk(
         final,
         piece_totals,
         splits.borders,
+        splits.borders.stride(0),
         scale,
         state_scale,
         HEADS=heads,
@@ -621,6 +652,7 @@ def backward(
         prepared.writes, prepared.reads, d_output, prepared, splits, starts=reverse_starts, output=dv, final=piece_ends,
         scale=scale, state_scale=scale, reverse=True,
     )  # fmt: skip
+    fades = (prepared.fades, prepared.first_chunks)
     del prepared
     # A key head's gradient is the sum over the value heads that share it, in float32.
     shared = k.shape[1] != heads
@@ -628,33 +660,20 @@ def backward(
     dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
     written = torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device)
     d_decay = torch.empty_like(log_decay)
-    for kernel, name in ((_keys_kernel, "keys"), (_queries_kernel, "queries")):
+    at_start = None if starts is None else torch.linalg.vecdot(starts, piece_ends)
+
+    def run(name: str, kernel: Any, *results: Tensor | None) -> None:
         launch = choose_launch(name, key_dim, value_dim, k.dtype)
         tile = block_of(key_dim, launch.tile)
-        if name == "keys":
-            results = (dk, written, reverse_starts)
-        else:
-            at_start = None if starts is None else torch.linalg.vecdot(starts, piece_ends)
-            results = (written, dq, d_decay, starts, at_start)
-        kernel[(splits.num_pieces * heads * triton.cdiv(key_dim, tile),)](
-            q,
-            k,
-            v,
-            d_output,
-            log_decay,
-            *results,
-            splits.borders,
-            scale,
-            HEADS=heads,
-            K_HEADS=k.shape[1],
-            K=key_dim,
-            V=value_dim,
-            V_BLOCK=block_of(value_dim),
-            TILE=tile,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **_shared_constants(k, launch.chunk),
-        )
+        for mild in (True, False):
+            kernel[(splits.num_pieces * heads * triton.cdiv(key_dim, tile),)](
+                q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), scale, HEADS=heads,
+                K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
+                num_warps=launch.num_warps, num_stages=launch.num_stages, **_shared_constants(k, launch.chunk),
+            )  # fmt: skip
+
+    run("keys", _keys_kernel, dk, written, reverse_starts)
+    run("queries", _queries_kernel, written, dq, d_decay, starts, at_start)
     if not ragged.dense:
         for gradient in (dq, dk, dv, d_decay):
             zero_uncovered(gradient, ragged.cu_seqlens)

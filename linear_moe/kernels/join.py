@@ -76,6 +76,7 @@ def join(
         The state each piece starts from `[P, H, K, V]` (0 for a piece of no segment), and the one after each segment's last
         `[N, H, K, V]`, float32.
     """
+    assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
     starts = torch.zeros_like(increments)
@@ -112,6 +113,7 @@ def join_affine(
     Returns:
         As `join`.
     """
+    assert splits.first is not None
     first, after = splits.first[:-1], splits.first[1:]
     if initial_state is None:
         state = increments.new_zeros(first.numel(), *increments.shape[1:])

@@ -36,6 +36,13 @@ def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
     return None if length is None else num_pieces(v.shape[0], ragged.num_segments, length)
 
 
+def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the output and the final state, of which either may be missing."""
+    if d_output is None:
+        d_output = torch.zeros_like(ctx.saved_tensors[2])
+    return d_output.contiguous(), d_final.contiguous() if ctx.want_final and d_final is not None else None
+
+
 @torch.library.custom_op("linear_moe::scalar_scan", mutates_args=())
 def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
@@ -83,12 +90,13 @@ def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, 
 def _keep_for_scalar(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay = inputs
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _scalar_gradients(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> Tensors:
+def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, _: None) -> Tensors:
     want_decay = ctx.needs_input_grad[3] and ctx.decay == Decay.SCALAR.value
     *dqkv, d_decay, d_initial = _scalar_backward(
-        d_output.contiguous(), d_final.contiguous() if ctx.want_final else None, *ctx.saved_tensors, ctx.max_length, ctx.dense,
+        *_given(ctx, d_output, d_final), *ctx.saved_tensors, ctx.max_length, ctx.dense,
         ctx.scale, want_decay, ctx.decay,
     )  # fmt: skip
     return (*dqkv, _or_none(d_decay), _or_none(d_initial), None, None, None, None, None, None)
@@ -141,11 +149,12 @@ def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, 
 def _keep_for_vector(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final = inputs
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _vector_gradients(ctx: Any, d_output: Tensor, d_final: Tensor, _: Tensor) -> Tensors:
+def _vector_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, _: None) -> Tensors:
     *gradients, d_initial = _vector_backward(
-        d_output.contiguous(), d_final.contiguous() if ctx.want_final else None, *ctx.saved_tensors, ctx.max_length, ctx.dense,
+        *_given(ctx, d_output, d_final), *ctx.saved_tensors, ctx.max_length, ctx.dense,
         ctx.scale,
     )  # fmt: skip
     return (*gradients, _or_none(d_initial), None, None, None, None, None)
@@ -218,11 +227,12 @@ def _(
 def _keep_for_delta(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)
 
 
-def _delta_gradients(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Tensor) -> Tensors:
+def _delta_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -> Tensors:
     *dqkv, d_decay, d_beta, d_initial = _delta_backward(
-        d_output.contiguous(), d_final.contiguous() if ctx.want_final else None, *ctx.saved_tensors, ctx.max_length, ctx.dense,
+        *_given(ctx, d_output, d_final), *ctx.saved_tensors, ctx.max_length, ctx.dense,
         ctx.scale, ctx.decay,
     )  # fmt: skip
     return (*dqkv, _or_none(d_decay), d_beta, _or_none(d_initial), *(None,) * 7)

@@ -27,6 +27,7 @@ from linear_moe.kernels.blocks import (
     HEAD_DECAY,
     NO_DECAY,
     block_of,
+    chunk_sums,
     load_rows,
     num_processors,
     pair_decays,
@@ -39,7 +40,7 @@ from linear_moe.kernels.blocks import (
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.join import join
-from linear_moe.kernels.splits import Ragged, Splits, split_length
+from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
 
 
 class Launch(NamedTuple):
@@ -81,6 +82,7 @@ def _scan_kernel(
     overlap_ptr,
     other_ptr,
     borders_ptr,
+    borders_stride,
     num_tokens,
     scale,
     state_scale,
@@ -109,7 +111,7 @@ def _scan_kernel(
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
-    start, size = piece_of(borders_ptr, piece)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
     q_head = head // (HEADS // Q_HEADS)
     k_head = head // (HEADS // K_HEADS)
     v_head = head // (HEADS // V_HEADS)
@@ -143,7 +145,7 @@ def _scan_kernel(
         if DECAY != NO_DECAY:
             num_rows = tl.minimum(size - chunk * CHUNK, CHUNK)
             summed, total = summed_decays(
-                decay_ptr, rate, head, first, rows, valid, num_rows, num_tokens, DECAY, PRECISION == "ieee"
+                decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY
             )
             to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))
             from_start = tl.exp(summed.to(tl.float32))
@@ -191,8 +193,8 @@ class _Walk(NamedTuple):
     """What all scans of one call have in common."""
 
     kind: int
-    log_decay: Tensor | None
-    """`[H]` or, heads first, `[H, S]`, float32."""
+    decays: Tensor | None
+    """The log decays `[H]`, or the sums of a chunk's `[H, S]`."""
     heads: int
     splits: Splits
 
@@ -230,7 +232,7 @@ def _scan(
         q,
         k,
         v,
-        walk.log_decay,
+        walk.decays,
         output,
         starts,
         final,
@@ -238,6 +240,7 @@ def _scan(
         overlap,
         other,
         walk.splits.borders,
+        walk.splits.borders.stride(0),
         num_tokens,
         scale,
         state_scale,
@@ -282,7 +285,10 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
 def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> _Walk:
     if decay is Decay.SCALAR:
         assert log_decay is not None
-        log_decay = log_decay.t().contiguous()
+        chunk = choose_launch(k.shape[2], k.dtype).chunk
+        # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
+        chunks = cut(ragged.cu_seqlens, v.shape[0], chunk, ragged.max_length)
+        log_decay = chunk_sums(log_decay, chunks.borders, chunk, exact=k.dtype == torch.float32)
     splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
     return _Walk(DECAY_KINDS[decay], log_decay, v.shape[1], splits)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+SEGMENTS_BLOCK = 1024
+PIECES_BLOCK = 256
 WAVES = 2
 """Programs wanted a multiprocessor."""
 LEAST_GAIN = 3.0
@@ -24,11 +26,11 @@ class Splits(NamedTuple):
     """P pieces of segments. A segment has at least one, so that its final state is made even if it is empty."""
 
     borders: Tensor
-    """`[P, 2]` int64: first token of each piece, and one past its last."""
-    first: Tensor
-    """`[N + 1]` int64: the first piece of each segment; pieces past the last hold nothing."""
-    owner: Tensor
-    """`[P]` int64: the segment of each piece; the last one's for pieces past the last."""
+    """`[P, 2]` int64: first token of each piece, and one past its last; rows may overlap in memory."""
+    first: Tensor | None
+    """`[N + 1]` int64: the first piece of each segment; pieces past the last hold nothing. None: every segment is one piece."""
+    owner: Tensor | None
+    """`[P]` int64: the segment of each piece; the last one's for pieces past the last. None as above."""
     most: int
     """A bound on the pieces of a segment."""
 
@@ -82,9 +84,7 @@ def split_length(num_tokens: int, max_length: int, walks_per_token: int, num_pro
 
 def whole(cu_seqlens: Tensor) -> Splits:
     """Every segment one piece."""
-    borders = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), 1)
-    first = torch.arange(cu_seqlens.numel(), device=cu_seqlens.device)
-    return Splits(borders, first, first[:-1], most=1)
+    return Splits(cu_seqlens.unfold(0, 2, 1), None, None, most=1)
 
 
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
@@ -92,16 +92,61 @@ def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
     return num_tokens // length + num_segments
 
 
+@triton.jit
+def _first_kernel(cu_seqlens_ptr, first_ptr, num_segments, length, BLOCK: tl.constexpr):
+    """One program: the sums of the segments' pieces."""
+    carry = tl.full((), 0, tl.int64)
+    tl.store(first_ptr, carry)
+    for start in range(0, num_segments, BLOCK):
+        segment = start + tl.arange(0, BLOCK)
+        inside = segment < num_segments
+        begin = tl.load(cu_seqlens_ptr + segment, mask=inside, other=0)
+        end = tl.load(cu_seqlens_ptr + segment + 1, mask=inside, other=0)
+        pieces = tl.where(inside, tl.maximum((end - begin + length - 1) // length, 1), 0)
+        tl.store(first_ptr + segment + 1, carry + tl.cumsum(pieces, 0), mask=inside)
+        carry += tl.sum(pieces, 0)
+
+
+@triton.jit
+def _cut_kernel(
+    cu_seqlens_ptr, first_ptr, borders_ptr, owner_ptr, num_segments, num_pieces, length, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = piece < num_pieces
+    # The last segment whose first piece is not after this one, by bisection.
+    low = tl.zeros((BLOCK,), tl.int64)
+    high = low + num_segments
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        below = tl.load(first_ptr + middle, mask=exists, other=0) <= piece
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    inside = exists & (piece < tl.load(first_ptr + num_segments))
+    begin = tl.load(cu_seqlens_ptr + low, mask=exists, other=0)
+    end = tl.load(cu_seqlens_ptr + low + 1, mask=exists, other=0)
+    start = begin + (piece - tl.load(first_ptr + low, mask=exists, other=0)) * length
+    tl.store(borders_ptr + 2 * piece, tl.where(inside, start, 0), mask=exists)
+    tl.store(borders_ptr + 2 * piece + 1, tl.where(inside, tl.minimum(start + length, end), 0), mask=exists)
+    tl.store(owner_ptr + piece, low, mask=exists)
+
+
 def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int) -> Splits:
     """Segments cut into pieces of `length` tokens and a rest."""
     num_segments = cu_seqlens.numel() - 1
-    pieces = ((cu_seqlens.diff() + length - 1) // length).clamp_min(1)
-    first = F.pad(pieces.cumsum(0), (1, 0))
-    index = torch.arange(num_pieces(num_tokens, num_segments, length), device=cu_seqlens.device)
-    owner = torch.searchsorted(first[1:], index, right=True)
-    inside = owner < num_segments
-    owner = owner.clamp_max(num_segments - 1)
-    start = cu_seqlens[owner] + (index - first[owner]) * length
-    stop = torch.minimum(start + length, cu_seqlens[owner + 1])
-    borders = torch.stack((torch.where(inside, start, 0), torch.where(inside, stop, 0)), 1)
+    count = num_pieces(num_tokens, num_segments, length)
+    first, owner = cu_seqlens.new_empty(num_segments + 1), cu_seqlens.new_empty(count)
+    borders = cu_seqlens.new_empty(count, 2)
+    _first_kernel[(1,)](cu_seqlens, first, num_segments, length, BLOCK=SEGMENTS_BLOCK)
+    _cut_kernel[(triton.cdiv(count, PIECES_BLOCK),)](
+        cu_seqlens,
+        first,
+        borders,
+        owner,
+        num_segments,
+        count,
+        length,
+        STEPS=num_segments.bit_length(),
+        BLOCK=PIECES_BLOCK,
+    )
     return Splits(borders, first, owner, most=max(-(-max_length // length), 1))
