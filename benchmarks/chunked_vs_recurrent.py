@@ -53,6 +53,8 @@ def cases(tokens: int, heads: int = 4, width: int = 64) -> dict[str, Run]:
 
 def measure(run: Run, repeats: int) -> tuple[float, float]:
     """Median milliseconds of the loop and of the chunked form, called in turn: what disturbs one disturbs the other."""
+    # The time of a wrong result is no figure.
+    torch.testing.assert_close(run("chunked").output, run("recurrent").output, rtol=1e-4, atol=1e-4)
     times: dict[str, list[float]] = {"recurrent": [], "chunked": []}
     for repeat in range(repeats + 1):
         for impl in ("recurrent", *["chunked"] * CHUNKED_CALLS):

@@ -11,8 +11,9 @@ Inside a chunk that starts from state S_0, with G_t the sum of the log decays up
 Where looking at the decays is free, on a CPU, and e^-G stays in range, <q, k> is one product of q * e^G and k * e^-G.
 Everywhere else no exponent is ever positive, so a decay of 1e-6 a token is as right as one of 1.
 
-What reads a state is stacked into one matrix a chunk, `rows`: q, and with erase beta k above it. A state is then read once a
-step of the walk, and the products inside a chunk are made by one call.
+With erase, u = (I + L)^-1 beta (v - k_in S_0), k_in_t = k_t * e^G_t and L the strictly lower triangle of beta <k, k>. Both
+products with the inverse are made for all chunks at once. What is left for the walk is to read a state with them and with q,
+one above the other in one matrix, and to write u to it: two products a step.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ def chunked(
     state, output = state.clone(), chunks.room(tokens.v)
     places = chunks.split(output)
     for steps, matrices in chunks.parts(NUMBERS_A_PART // tokens.v[0].numel()):
-        reads, state = scan.run(steps, matrices, state)
-        place = places[steps]
-        place.copy_(reads.view(place.shape))
+        _, state = scan.run(steps, matrices, state, places[steps])
     return chunks.taken(output), state.clone().view_as(initial_state)
 
 
@@ -96,16 +95,20 @@ class _Fading(NamedTuple):
 
 
 class _Inside(NamedTuple):
-    """What a chunk needs of q, k, beta and the decays, `[NC * H, ...]`. With erase R = 2 C, else C."""
+    """What a chunk needs of q, k and the decays, `[NC * H, ...]`."""
 
-    rows: Tensor
-    """`[R, K]` what reads the state that the chunk starts from: q_t * e^G_t, and above it beta_t k_t * e^G_t."""
-    products: Tensor
-    """`[R, C]` of the same rows with every k_j, lower triangles: <q_t, k_j>, and above it beta_t <k_t, k_j>."""
+    q_in: Tensor
+    """`[C, K]` q_t * e^G_t: reads what the chunk starts from."""
+    k_in: Tensor
+    """`[C, K]` k_t * e^G_t: erases from what the chunk starts from."""
     k_out: Tensor
     """`[C, K]` k_j * e^(G_C - G_j): writes to what the chunk ends with."""
     carry: Tensor | None
     """`[K or 1, 1]` e^G_C: what is left of the state; None without decay."""
+    reads: Tensor
+    """`[C, C]` <q_t, k_j>, lower triangle."""
+    overlaps: Tensor | None
+    """`[C, C]` <k_t, k_j>, of which the lower triangle counts; None without erase."""
 
 
 class _Scan:
@@ -116,34 +119,38 @@ class _Scan:
         self.q, self.k, self.v = (chunks.split(x) for x in (tokens.q, tokens.k, tokens.v))
         self.log_decay = None if tokens.log_decay is None else chunks.split(tokens.log_decay)
         self.beta = None if tokens.beta is None else _matrices(chunks.split(tokens.beta[..., None]))
+        self.walked: list[tuple[Tensor, ...]] | None = None
         self.fading: _Fading | None = None
         if self.log_decay is not None and form.decay is not Decay.VECTOR:
             # One number a token takes less time in one go than part by part.
             self.fading, self.log_decay = self.fade(self.log_decay), None
 
-    def run(self, steps: slice, matrices: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, steps: slice, matrices: slice, state: Tensor, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The module's equations for a run of steps: reads `[NC * H, C, V]` and the state after them `[N * H, K, V]`.
 
-        `steps` and `matrices` are the run's part of the tokens and of what is shared.
+        `steps` and `matrices` are the run's part of the tokens and of what is shared. The reads go to `place`, if given.
         """
         work, length = self.work, self.chunks.length
         fading = self.fading and self.fading.of(matrices)
         if self.log_decay is not None:
             fading = self.fade(self.log_decay[steps])
-        beta = None if self.beta is None else self.beta[matrices]
-        inside = self.inside(self.q[steps], self.k[steps], beta, fading)
-        v = _matrices(self.v[steps], beta, work, "v")
-        if beta is None:
+        q, k, v = self.q[steps], self.k[steps], _matrices(self.v[steps], None, work, "v")
+        spare = work("spare", *v.shape)
+        if self.beta is None:
+            inside = self.inside(q, k, fading)
             starts, state = self.walk_adding(inside, v, state)
-            written, read, sign = v, torch.bmm(inside.rows, starts, out=work("reads", *v.shape)), 1
-        else:
-            walked, state = self.walk_erasing(inside, v, state)
-            written, read, sign = walked[:, :length], walked[:, length:], -1
-        pairs = inside.products[:, -length:]
-        reads = torch.baddbmm(
-            read, pairs, written, beta=sign * self.scale, alpha=self.scale, out=work("reads", *v.shape)
-        )
-        return reads, state
+            reads = torch.bmm(inside.q_in, starts, out=spare).baddbmm_(
+                inside.reads, v, beta=self.scale, alpha=self.scale
+            )
+            return reads if place is None else place.copy_(reads.view(place.shape)), state
+        # Above what reads there is room for what erases.
+        rows = work("rows", v.shape[0], 2 * length, state.shape[1])
+        inside = self.inside(q, k, fading, rows)
+        walked, state = self.walk_erasing(inside, v, self.beta[matrices], state, rows)
+        reads, unread = torch.bmm(inside.reads, walked[:, :length], out=spare), walked[:, length:]
+        if place is not None:
+            reads, unread = reads.view(place.shape), unread.view(place.shape)
+        return torch.sub(reads, unread, out=place), state
 
     def fade(self, log_decay: Tensor) -> _Fading:
         """Sums and exponentials of the log decays of some chunks.
@@ -170,92 +177,106 @@ class _Scan:
             to_start = (-sums).exp().to(dtype) if room is None else torch.reciprocal(from_start, out=room)
         return _Fading(sums, from_start, to_start, from_start[:, -1:])
 
-    def inside(self, q: Tensor, k: Tensor, beta: Tensor | None, fading: _Fading | None) -> _Inside:
-        """What the module's equations take from within each chunk."""
-        work, length = self.work, self.chunks.length
+    def inside(self, q: Tensor, k: Tensor, fading: _Fading | None, rows: Tensor | None = None) -> _Inside:
+        """What the module's equations take from within each chunk; with erase scaled and q_in in the lower half of `rows`."""
+        work, length, erases = self.work, self.chunks.length, self.beta is not None
         # e^G can be taken to the rows and e^-G to the columns of a product.
         apart = fading is not None and fading.to_start is not None
         faded, grown = (fading.from_start, fading.to_start) if fading is not None and apart else (None, None)
         columns = _matrices(k, grown, work, "columns")
-        if beta is None:
-            rows = _matrices(q, faded, work, "rows")
+        if erases:
+            scaled = self.scale if faded is None else faded * self.scale
+            q_in = _matrices(q, scaled) if rows is None else _fill(rows[:, length:], q, scaled)
         else:
-            strength = beta if faded is None else beta * faded
-            room = work("rows", columns.shape[0], 2 * length, columns.shape[2])
-            if room is None:
-                rows = torch.cat((_matrices(k, strength), _matrices(q, faded)), 1)
-            else:
-                rows = room
-                _fill(rows[:, :length], k, strength)
-                _fill(rows[:, length:], q, faded)
+            q_in = _matrices(q, faded, work, "q_in")
         if fading is None:
-            return _Inside(rows, lower_products(rows, columns, work), columns, None)
+            overlaps = (
+                torch.bmm(columns, columns.mT, out=work("overlaps", *columns.shape[:2], length)) if erases else None
+            )
+            return _Inside(q_in, columns, columns, None, lower_products(q_in, columns, work), overlaps)
         carry = fading.carry.mT
         if apart:
-            products = lower_products(rows, columns, work)
-            return _Inside(
-                rows, products, torch.mul(columns, fading.carry, out=columns if work.reused else None), carry
-            )
-        sums, by_kind = fading.sums, rows.unflatten(1, (-1, length))
+            reads = lower_products(q_in, columns, work)
+            k_in, overlaps = columns, None
+            if erases:
+                k_in = _matrices(k, faded, work, "k_in")
+                overlaps = torch.bmm(k_in, columns.mT, out=work("overlaps", *columns.shape[:2], length))
+            k_out = torch.mul(columns, fading.carry, out=columns if work.reused else None)
+            return _Inside(q_in, k_in, k_out, carry, reads, overlaps)
+        sums = fading.sums
+        both = torch.stack((q_in, columns), 1) if erases else q_in[:, None]
         if sums.shape[-1] == 1:
-            products = (by_kind @ columns.mT[:, None]) * pair_decays(sums).to(columns.dtype)[:, None]
+            products = (both @ columns.mT[:, None]) * pair_decays(sums).to(columns.dtype)[:, None]
         else:
-            products = decayed_products(by_kind, columns[:, None], sums[:, None])
+            products = decayed_products(both, columns[:, None], sums[:, None])
         k_out = columns * (sums[:, -1:] - sums).exp().to(columns.dtype)
-        rows = (by_kind * fading.from_start[:, None]).flatten(1, 2)
-        return _Inside(rows, products.flatten(1, 2), k_out, carry)
+        q_in = torch.mul(q_in, fading.from_start, out=q_in if work.reused else None)
+        k_in = columns * fading.from_start if erases else columns
+        return _Inside(q_in, k_in, k_out, carry, products[:, 0], products[:, 1] if erases else None)
 
     def walk_adding(self, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """States at the start of every chunk `[NC * H, K, V]` and after the last, without erase."""
-        chunks, work, first = self.chunks, self.work, state.shape[0]
-        # Where states are reused, what a chunk adds becomes the state after it, and the start of the chunk behind it.
-        room = work("states", first + v.shape[0], *state.shape[1:])
+        chunks, count = self.chunks, state.shape[0]
+        room = self.work("states", count + v.shape[0], *state.shape[1:])
         if room is not None:
-            room[:first] = state
-            state = room[:first]
-        added = torch.bmm(inside.k_out.mT, v, out=None if room is None else room[first:])
+            # What a chunk adds becomes, in its place, the state after it: the start of the chunk behind it.
+            room[:count] = state
+            state = room[:count]
+            added = torch.bmm(inside.k_out.mT, v, out=room[count:])
+            for more, carry in zip(chunks.by_step(added), self.carries(inside), strict=False):
+                state = more.add_(state) if carry is None else more.addcmul_(carry, state)
+            return room[:-count], state
         starts = []
+        added = torch.bmm(inside.k_out.mT, v)
         for step, (more, carry) in enumerate(zip(chunks.by_step(added), self.carries(inside), strict=False)):
             starts.append(state)
-            out = more if work.reused else None
-            new = torch.add(more, state, out=out) if carry is None else torch.addcmul(more, carry, state, out=out)
+            new = more + state if carry is None else torch.addcmul(more, carry, state)
             state = chunks.where_reached(step, new, state)
-        return chunks.by_chunk(starts) if room is None else room[:-first], state
+        return chunks.by_chunk(starts), state
 
-    def walk_erasing(self, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What every chunk writes, above minus what its queries read from its start, `[NC * H, 2 C, V]`; the last state.
-
-        u = (I + L)^-1 (beta v - beta k_in S_0), L the strictly lower triangle of beta <k, k>.
-        """
+    def walk_erasing(
+        self, inside: _Inside, v: Tensor, beta: Tensor, state: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What every chunk writes, above minus what its queries read from its start, `[NC * H, 2 C, V]`; the last state."""
         chunks, work, length = self.chunks, self.work, self.chunks.length
+        assert inside.overlaps is not None
         # The inverse and two products are measured at half the time of solving for both terms: K + V columns are more than C.
-        inverse = _unit_lower_inverse(inside.products[:, :length])
-        erasing, reading = inside.rows.split(length, 1)
-        erasing = torch.bmm(inverse, erasing, out=work("erasing", *erasing.shape))
-        fresh = torch.bmm(inverse, v, out=work("reads", *v.shape))
-        written = work("written", v.shape[0], 2 * length, v.shape[2])
-        if written is None:
-            rows, written = torch.cat((erasing, reading), 1), F.pad(fresh, (0, 0, 0, length))
-        else:
-            rows = inside.rows
-            rows[:, :length] = erasing
-            written[:, :length] = fresh
-            written[:, length:] = 0
-        steps = zip(*(chunks.by_step(x) for x in (rows, written, inside.k_out.mT)), self.carries(inside), strict=False)
-        done = []
-        for step, (rows_step, fresh_step, k_out, carry) in enumerate(steps):
-            done.append(torch.baddbmm(fresh_step, rows_step, state, alpha=-1, out=fresh_step if work.reused else None))
-            kept = state if carry is None else torch.mul(carry, state, out=state if work.reused else None)
-            new = torch.baddbmm(kept, k_out, done[-1][:, :length], out=kept if work.reused else None)
-            state = chunks.where_reached(step, new, state)
-        return written if work.reused else chunks.by_chunk(done), state
+        overlaps = torch.mul(inside.overlaps, beta, out=inside.overlaps if work.reused else None)
+        inverse = _unit_lower_inverse(overlaps, work)
+        inverse = torch.mul(inverse, beta.mT, out=inverse if work.reused else None)
+        if rows is not None:
+            written = work("written", v.shape[0], 2 * length, v.shape[2])
+            assert written is not None
+            # A copy each: a product is fast only where it is contiguous.
+            erasing = torch.bmm(inverse, inside.k_in, out=work("spare", *inside.k_in.shape))
+            rows[:, :length].copy_(erasing)
+            fresh = torch.bmm(inverse, v, out=work("spare", *v.shape))
+            written[:, :length].copy_(fresh)
+            written[:, length:].zero_()
+            if self.walked is None:
+                # The same in every part; the last may have fewer steps.
+                self.walked = [chunks.by_step(x) for x in (rows, written, written[:, :length])]
+            steps = zip(chunks.by_step(inside.k_out.mT), *self.walked, self.carries(inside), strict=False)
+            for k_out, row, made, above, carry in steps:
+                made.baddbmm_(row, state, alpha=-1)
+                kept = state if carry is None else state.mul_(carry)
+                state = kept.baddbmm_(k_out, above)
+            return written, state
+        rows = torch.cat((torch.bmm(inverse, inside.k_in), inside.q_in), 1)
+        fresh, done = F.pad(torch.bmm(inverse, v), (0, 0, 0, length)), []
+        recorded = (chunks.by_step(x) for x in (rows, fresh, inside.k_out.mT))
+        for step, (row, more, k_out, carry) in enumerate(zip(*recorded, self.carries(inside), strict=False)):
+            done.append(torch.baddbmm(more, row, state, alpha=-1))
+            kept = state if carry is None else carry * state
+            state = chunks.where_reached(step, torch.baddbmm(kept, k_out, done[-1][:, :length]), state)
+        return chunks.by_chunk(done), state
 
     def carries(self, inside: _Inside) -> Iterable[Tensor | None]:
         """What is left of the state after each step."""
         return itertools.repeat(None) if inside.carry is None else self.chunks.by_step(inside.carry)
 
 
-def _matrices(x: Tensor, factor: Tensor | None = None, work: Workspace | None = None, name: str = "") -> Tensor:
+def _matrices(x: Tensor, factor: Tensor | float | None = None, work: Workspace | None = None, name: str = "") -> Tensor:
     """`x` `[..., C, *]` as matrices `[NC * H, C, *]`, times `factor` `[NC * H, C, * or 1]`; in the workspace under `name`."""
     room = None if work is None else work(name, x.shape[:-2].numel(), *x.shape[-2:])
     if room is not None:
@@ -264,12 +285,13 @@ def _matrices(x: Tensor, factor: Tensor | None = None, work: Workspace | None = 
     return matrices if factor is None else matrices * factor
 
 
-def _fill(room: Tensor, x: Tensor, factor: Tensor | None) -> Tensor:
+def _fill(room: Tensor, x: Tensor, factor: Tensor | float | None) -> Tensor:
     """The same in `room`."""
     if factor is None:
         room.view(x.shape).copy_(x)
     else:
-        torch.mul(x, factor.view(*x.shape[:-2], *factor.shape[-2:]), out=room.view(x.shape))
+        like_x = factor.view(*x.shape[:-2], *factor.shape[-2:]) if isinstance(factor, Tensor) else factor
+        torch.mul(x, like_x, out=room.view(x.shape))
     return room
 
 
@@ -279,11 +301,8 @@ def _lowest(sums: Tensor) -> float:
 
 
 def lower_products(rows: Tensor, columns: Tensor, work: Workspace) -> Tensor:
-    """<rows_t, columns_j> for j <= t, else 0: `[n, m C, K]` and `[n, C, K]` to m times `[C, C]`, `[n, m C, C]`."""
-    length = columns.shape[1]
-    products = torch.bmm(rows, columns.mT, out=work("products", *rows.shape[:2], length))
-    products.view(products.shape[0], -1, length, length).tril_()
-    return products
+    """<rows_t, columns_j> for j <= t, else 0: `[n, C, K]` twice to `[n, C, C]`."""
+    return torch.bmm(rows, columns.mT, out=work("lower_products", *rows.shape[:2], columns.shape[1])).tril_()
 
 
 def pair_decays(decays: Tensor) -> Tensor:
@@ -333,12 +352,14 @@ def _safe_width(decays: Tensor) -> int:
     return width
 
 
-def _unit_lower_inverse(lower: Tensor) -> Tensor:
+def _unit_lower_inverse(lower: Tensor, work: Workspace) -> Tensor:
     """(I + L)^-1, L the strictly lower triangle of `lower` `[n, C, C]`."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    # Either side gives the inverse; MKL takes 0.45 of the time from the right. The copy that torch makes of matrices that lie
-    # apart, part of something else, is a slow one.
-    return torch.linalg.solve_triangular(lower.contiguous(), identity, upper=False, left=False, unitriangular=True)
+    room = work("inverse", *lower.shape)
+    # Either side, of it or its transpose, gives the inverse. These are the fastest with MKL, 0.45 of the time of the slowest.
+    if room is None:
+        return torch.linalg.solve_triangular(lower, identity, upper=False, left=False, unitriangular=True)
+    return torch.linalg.solve_triangular(lower.mT, identity, upper=True, unitriangular=True, out=room).mT
 
 
 def _chunk_length(form: Recurrence, tokens: Tokens, segments: Segments) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Tensors by name for `out=`, the same for every part: memory that the last part wrote is still in the caches.
+    """Tensors by name and shape for `out=`, the same for every part: what the last part wrote is still in the caches.
 
     A fresh tensor of a megabyte is often given back to the system when it is freed, and paid for again page by page. Where a
     backward pass needs the tensors there is nothing to reuse: every name is None, and `out=None` makes a fresh one.
@@ -16,13 +16,14 @@ class Workspace:
     def __init__(self, like: Tensor, reused: bool) -> None:
         self.reused = reused
         self._like = like
-        self._rooms: dict[str, Tensor] = {}
+        self._rooms: dict[tuple[object, ...], Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor | None:
-        """An uninitialised tensor of `shape`, whose first dim is never larger than when `name` was first asked for."""
+        """An uninitialised tensor of `shape`, whose first dim must not grow from one call to the next."""
         if not self.reused:
             return None
-        room = self._rooms.get(name)
+        key = (name, *shape[1:])
+        room = self._rooms.get(key)
         if room is None:
-            room = self._rooms[name] = torch.empty(shape, dtype=self._like.dtype, device=self._like.device)
+            room = self._rooms[key] = torch.empty(shape, dtype=self._like.dtype, device=self._like.device)
         return room if room.shape[0] == shape[0] else room[: shape[0]]

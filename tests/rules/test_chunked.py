@@ -139,6 +139,17 @@ def test_parts_that_share_a_workspace_change_no_result(
     assert all(torch.equal(x, y) for x, y in zip(first, got, strict=True)), "a later call wrote into an earlier result"
 
 
+@every_form
+@pytest.mark.usefixtures("looking")
+def test_square_states_share_a_workspace(form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is K wide and what is V wide has one shape."""
+    tokens, state = draw(form, 2, 70), state_of(2)[..., :1].expand(-1, -1, -1, K).contiguous()
+    tokens = tokens._replace(v=tokens.q.flip(1))
+    monkeypatch.setattr(module, "NUMBERS_A_PART", 2 * 2 * CHUNK * HEADS * K)
+    with torch.no_grad():
+        assert_same(run(form, tokens, state), run(form, tokens, state, "recurrent"))
+
+
 def leaves(tokens: Tokens, state: Tensor) -> tuple[list[Tensor], Callable[..., tuple[Tokens, Tensor]]]:
     """The tensors to differentiate by, and the way back from them to tokens and state."""
     names = [name for name in ("q", "k", "v", "log_decay", "beta") if getattr(tokens, name) is not None]
