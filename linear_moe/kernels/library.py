@@ -48,10 +48,11 @@ def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    made = scalar_scan.forward(
-        q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
-        want_final=want_final,
-    )  # fmt: skip
+    with torch.cuda.device_of(v):
+        made = scalar_scan.forward(
+            q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
+            want_final=want_final,
+        )  # fmt: skip
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
 
@@ -71,15 +72,31 @@ def _scalar_backward(
     initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
     want_decay: bool, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = scalar_scan.backward(
-        d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
-        decay=Decay(decay), scale=scale, want_decay=want_decay,
-    )  # fmt: skip
+    with torch.cuda.device_of(v):
+        made = scalar_scan.backward(
+            d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
+            decay=Decay(decay), scale=scale, want_decay=want_decay,
+        )  # fmt: skip
     return made.q, made.k, made.v, _or_empty(made.log_decay, v), _or_empty(made.initial_state, v)
 
 
 @_scalar_backward.register_fake
-def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, max_length, dense, scale, want_decay, decay):
+def _(
+    d_output,
+    d_final,
+    q,
+    k,
+    v,
+    log_decay,
+    initial_state,
+    cu_seqlens,
+    starts,
+    max_length,
+    dense,
+    scale,
+    want_decay,
+    decay,
+):
     return (
         *(torch.empty_like(x) for x in (q, k, v)),
         torch.empty_like(log_decay) if want_decay else _or_empty(None, v),
@@ -110,9 +127,10 @@ def _vector(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    made = gla.forward(
-        q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), scale=scale, want_final=want_final
-    )
+    with torch.cuda.device_of(v):
+        made = gla.forward(
+            q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), scale=scale, want_final=want_final
+        )
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
 
@@ -131,10 +149,11 @@ def _vector_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = gla.backward(
-        d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
-        scale=scale,
-    )  # fmt: skip
+    with torch.cuda.device_of(v):
+        made = gla.backward(
+            d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
+            scale=scale,
+        )  # fmt: skip
     return made.q, made.k, made.v, made.log_decay, _or_empty(made.initial_state, v)
 
 
@@ -168,10 +187,11 @@ def _delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor, max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = gated_deltanet.forward(
-        q, k, v, log_decay, beta, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
-        want_final=want_final, keep=keep,
-    )  # fmt: skip
+    with torch.cuda.device_of(v):
+        made = gated_deltanet.forward(
+            q, k, v, log_decay, beta, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
+            want_final=want_final, keep=keep,
+        )  # fmt: skip
     kept: tuple[Tensor | None, ...] = (None,) * 5
     if made.kept is not None:
         kept = (made.kept.wrong, *made.kept.solved, made.kept.starts, made.kept.transitions)
@@ -201,13 +221,12 @@ def _delta_backward(
     initial_state: Tensor | None, cu_seqlens: Tensor, wrong: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
     transitions: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kept = gated_deltanet.Kept(
-        wrong, gated_deltanet.Solved(erasure, reads), _or_none(starts), _or_none(transitions)
-    )
-    made = gated_deltanet.backward(
-        d_output, d_final, q, k, v, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
-        decay=Decay(decay), scale=scale,
-    )  # fmt: skip
+    kept = gated_deltanet.Kept(wrong, gated_deltanet.Solved(erasure, reads), _or_none(starts), _or_none(transitions))
+    with torch.cuda.device_of(v):
+        made = gated_deltanet.backward(
+            d_output, d_final, q, k, v, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
+            decay=Decay(decay), scale=scale,
+        )  # fmt: skip
     return made.q, made.k, made.v, _or_empty(made.log_decay, v), made.beta, _or_empty(made.initial_state, v)
 
 

@@ -144,9 +144,7 @@ def _scan_kernel(
         # `before` brings the chunk's incoming state to a row, `after` a row's write to the outgoing state.
         if DECAY != NO_DECAY:
             num_rows = tl.minimum(size - chunk * CHUNK, CHUNK)
-            summed, total = summed_decays(
-                decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY
-            )
+            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
             to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))
             from_start = tl.exp(summed.to(tl.float32))
             before = to_end if REVERSE else from_start
@@ -378,7 +376,16 @@ def backward(
         other=q if want_decay else None,
     )  # fmt: skip
     _scan(
-        walk, v, d_output, q, starts=reverse_starts, output=dk, scale=scale, state_scale=scale, reverse=True, transposed_state=True
+        walk,
+        v,
+        d_output,
+        q,
+        starts=reverse_starts,
+        output=dk,
+        scale=scale,
+        state_scale=scale,
+        reverse=True,
+        transposed_state=True,
     )
     written = _scan(
         walk, k, q, d_output, starts=reverse_starts, output=dv, scale=scale, state_scale=scale, reverse=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import warnings
 
@@ -111,6 +112,8 @@ def run_op(
     `names` are what the op calls q, k and v. The rule's `step` must be a static method.
     """
     check_scan_inputs(tokens.q, tokens.k, tokens.v, tokens.log_decay, tokens.beta, names)
+    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number other than 0, got {scale}")
     if cu_seqlens is not None:
         if tokens.q.shape[0] != 1:
             raise ValueError(f"packed input (cu_seqlens) must have B = 1, got B = {tokens.q.shape[0]}")
@@ -128,7 +131,7 @@ def run_op(
 
 
 def choose_impl(form: Recurrence | None, impl: str, tokens: Tokens) -> str:
-    """The implementation that `impl` names or, for "auto", the best that is trusted.
+    """The implementation that `impl` names or, for "auto", the first of triton, chunked and recurrent that can run.
 
     Raises:
         ValueError: if a named one is unknown or can't run.
@@ -139,15 +142,12 @@ def choose_impl(form: Recurrence | None, impl: str, tokens: Tokens) -> str:
     obstacle = _kernel_obstacle(form, tokens)
     on_cpu = tokens.q.device.type == "cpu"
     if impl == "auto":
-        # Kernels are taken by name only until they have been held to the error budget on drawn shapes on a GPU.
+        # On a CPU kernels are interpreted, for tests.
+        if obstacle is None and not on_cpu:
+            return "triton"
         chosen = next(name for name in able if name != "triton")
         if not on_cpu:
-            hint = (
-                f"no Triton kernel takes this: {obstacle}"
-                if obstacle
-                else "its Triton kernel is on trial (impl='triton')"
-            )
-            _say_once(f"{hint}; running impl={chosen!r}")
+            _say_once(f"no Triton kernel takes this: {obstacle}; running impl={chosen!r}")
         return chosen
     if impl == "triton" and obstacle is not None:
         others = ", ".join(name for name in ("auto", *able) if name != "triton")
