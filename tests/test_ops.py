@@ -133,6 +133,13 @@ def _bad(name: str, message: str, *, key: str | None = None, **changes: Any) -> 
     return pytest.param(name, changes, message, id=f"{name}-{words}")
 
 
+def _one(value: float, *last: int) -> Tensor:
+    """Zeros `[B, T, H, *last]` but for one number."""
+    tensor = torch.zeros(B, T, H, *last)
+    tensor.view(-1)[7] = value
+    return tensor
+
+
 BAD_INPUT = [
     _bad("gla", r"q must be \[B, T, heads, dim\], got shape \[5, 3, 4\]", q=torch.zeros(T, H, K)),
     _bad(
@@ -157,6 +164,9 @@ BAD_INPUT = [
         log_decay=torch.zeros(B, T, H),
     ),
     _bad("gla", r"log_decay must be at most 0 .* got 0\.5", log_decay=torch.full((B, T, H, K), 0.5), key="above 0"),
+    _bad("gla", r"log_decay must be at most 0 and finite .* got nan", log_decay=_one(torch.nan, K), key="nan"),
+    _bad("gla", r"log_decay must be at most 0 and finite .* got -inf", log_decay=_one(-torch.inf, K), key="inf"),
+    _bad("gated_deltanet", r"log_decay must be at most 0 and finite .* got nan", log_decay=_one(torch.nan), key="nan"),
     _bad("gla", r"log_decay must be of dtype .* got torch\.int64", log_decay=torch.zeros(B, T, H, K).long(), key="int"),
     _bad("gated_deltanet", r"log_decay must be \[B, T, H\] = \[2, 5, 3\], got", log_decay=torch.zeros(B, T, H, K)),
     _bad(

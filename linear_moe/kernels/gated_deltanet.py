@@ -61,9 +61,9 @@ class Launch(NamedTuple):
 def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
     """Launch parameters of `walk`: "forward", "values", "queries" or "keys". All share one chunk.
 
-    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128 at 1, 2 and 3 stages):
-    forward 0.405, 0.407, 0.288; values 0.414, 0.505, 0.467; queries 0.597, 0.699, -; keys 0.547, 0.579, -. Tiles of 32 or 8 warps
-    are slower. Tiles of 32 at one stage made triton 3.6 read outside its memory and are not used.
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages):
+    forward 0.405, 0.407, 0.288; values 0.414, 0.505, 0.467; queries 0.597, 0.699, -; keys 0.547, 0.579, -. Tiles of 32 and 8
+    warps are slower. Tiles of 32 at one stage made triton 3.6 read outside its memory and are not used.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:

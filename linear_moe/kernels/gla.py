@@ -10,7 +10,7 @@ The exponentials are the cost, so each is made once a token and channel, never o
     _prepare     chunk-parallel: q e^G, k e^(G_C - G), P, and G_C
     _walk        the state-resident scan over these: o forwards in time; backwards, with roles exchanged, dv
     _keys        backwards, a tile of key channels, state dS^T: dk, and k dk for the decay's gradient
-    _queries     forwards, likewise, state S^T: dq, and of every channel the decay's gradient <S_0, dS_0> + sum_{i < t} (k dk - q dq)_i,
+    _queries     forwards, likewise, state S^T: dq, and a channel's decay gradient, <S_0, dS_0> + sum_{i < t} (k dk - q dq)_i,
                  where a token's own pair is in neither (`linear_moe.kernels.decay_gradient` says why)
 """
 

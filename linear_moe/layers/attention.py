@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,9 @@ class SoftmaxAttention(nn.Module):
         Args:
             x: `[B, T, D]`.
             padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere, are not looked at and read 0.
-            cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
+            cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`. On a CPU a
+                document costs what it costs alone. On a GPU, where reading the borders would be a wait, all T^2 pairs of the
+                row are masked instead.
             state: from `new_state`, for B sequences or N documents; this call's tokens are added to it.
 
         Returns:
@@ -139,8 +142,12 @@ class SoftmaxAttention(nn.Module):
         if state is not None:
             columns = state.extended(rows.k, rows.v, rows.positions, rows.valid)
         alone = columns.num_columns == x.shape[1] and padding_mask is None and cu_seqlens is None
-        causal = alone and (self.window is None or x.shape[1] <= self.window)
-        output = self._attend(rows.q, columns, None if causal else self._mask(rows, columns))
+        if cu_seqlens is not None and state is None and x.device.type == "cpu":
+            output = self._attend_documents(rows, cu_seqlens)
+        else:
+            causal = alone and (self.window is None or x.shape[1] <= self.window)
+            mask = None if causal else self._mask(rows, columns)
+            output = self._attend(rows.q, columns.keys, columns.values, mask)
         if state is not None:
             state.update(columns if self.window is None else columns.last(self.window), sequences.lengths)
         if segments is not None:
@@ -185,10 +192,28 @@ class SoftmaxAttention(nn.Module):
         itself = own[:, None] == torch.arange(columns.num_columns, device=at.device)
         return (allowed | (itself & ~rows.valid[:, :, None]))[:, None]
 
-    def _attend(self, q: Tensor, columns: AttentionState, mask: Tensor | None) -> Tensor:
+    def _attend_documents(self, rows: _Rows, cu_seqlens: Tensor) -> Tensor:
+        """`[1, T, H, K]`: every packed document on its own, those of a length at once. Reads the borders: for a CPU."""
+        starts: dict[int, list[int]] = {}
+        for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+            if stop > start:
+                starts.setdefault(stop - start, []).append(start)
+        outputs, indices = [], []
+        for length, group in starts.items():
+            at = torch.arange(length)
+            mask = None
+            if self.window is not None and length > self.window:
+                mask = (at <= at[:, None]) & (at > at[:, None] - self.window)
+            index = (torch.tensor(group)[:, None] + at).flatten()
+            q, k, v = (x[0].index_select(0, index).unflatten(0, (-1, length)) for x in (rows.q, rows.k, rows.v))
+            outputs.append(self._attend(q, k, v, mask).flatten(0, 1))
+            indices.append(index)
+        return torch.cat(outputs).index_select(0, torch.cat(indices).argsort())[None]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, T, H, K]`; causal over equally many keys without a mask."""
         shared_by = self.num_heads // self.num_kv_heads
-        k, v = (part.transpose(1, 2) for part in (columns.keys, columns.values))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if shared_by > 1:
             # Not `enable_gqa`: with a mask it leaves the fused backends and stores all scores.
             k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)

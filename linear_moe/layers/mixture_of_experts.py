@@ -15,6 +15,7 @@ from linear_moe.layers.projections import autocasting, grouped_linear
 from linear_moe.layers.routing import Router, Routing, sort_slots
 from linear_moe.layers.slots import gather_tokens, scatter_slots
 from linear_moe.rules.base import upcast
+from linear_moe.rules.validate import check_padding_mask
 
 
 class MixtureOfExperts(nn.Module):
@@ -151,11 +152,8 @@ class MixtureOfExperts(nn.Module):
         expected = self.in_weight.dtype
         if x.dtype != expected and not autocasting(x.device):
             raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
-        if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != x.shape[:2]):
-            raise ValueError(
-                f"padding_mask must be bool of shape {list(x.shape[:2])} (true on real tokens), "
-                f"got {padding_mask.dtype} of shape {list(padding_mask.shape)}"
-            )
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, x.shape[0], x.shape[1])
 
     def update_balance_bias(self) -> None:
         """Move the selection bias by the loads since the last call; nothing without `balance_bias_rate`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from linear_moe.layers.auxiliary import AuxiliaryLoss
 from linear_moe.layers.balance import BalanceBias, balance_loss, load_fractions, z_loss
 from linear_moe.rules.base import upcast
-from linear_moe.rules.validate import check_count
+from linear_moe.rules.validate import check_coefficient, check_count
 
 ROUTER_SCORES = ("softmax", "sigmoid")
 
@@ -83,8 +83,7 @@ class Router(nn.Module):
             ("z_loss_weight", z_loss_weight),
             ("balance_bias_rate", balance_bias_rate),
         ):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            check_coefficient(name, value)
         self.num_choices = num_choices
         self.top_k = top_k
         self.score = score

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linear_moe.rules.validate import check_cu_seqlens
+from linear_moe.rules.validate import check_cu_seqlens, check_padding_mask
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ def describe_sequences(x: Tensor, padding_mask: Tensor | None = None, cu_seqlens
 
 
 def _padded(x: Tensor, batch: int, length: int, padding_mask: Tensor) -> Sequences:
-    if padding_mask.dtype != torch.bool or padding_mask.shape != (batch, length):
-        raise ValueError(
-            f"padding_mask must be bool of shape {(batch, length)} (true on real tokens), "
-            f"got {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
-        )
+    check_padding_mask(padding_mask, batch, length)
     padding_mask = padding_mask.to(x.device)
     rows = torch.arange(batch, device=x.device)[:, None]
     seen = padding_mask.long().cumsum(1)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from linear_moe.rules.validate import check_padding_mask
+
 if TYPE_CHECKING:
     from linear_moe.models.model import LanguageModel
 
@@ -99,8 +101,10 @@ def _check(
 ) -> None:
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [B, T] with at least one prompt of one token, got shape {list(tokens.shape)}")
-    if padding_mask is not None and padding_mask.shape == tokens.shape and not bool(padding_mask.any(1).all()):
-        raise ValueError("padding_mask must leave every prompt at least one real token, got a row without any")
+    if padding_mask is not None:
+        check_padding_mask(padding_mask, tokens.shape[0], tokens.shape[1])
+        if not bool(padding_mask.any(1).all()):
+            raise ValueError("padding_mask must leave every prompt at least one real token, got a row without any")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if temperature < 0:

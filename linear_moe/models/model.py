@@ -14,6 +14,7 @@ from linear_moe.models.generation import generate
 from linear_moe.models.mixer_config import BuildContext
 from linear_moe.models.schema import BlockConfig, ModelConfig
 from linear_moe.models.state import LayerState, ModelState
+from linear_moe.rules.validate import check_padding_mask
 
 
 class Block(nn.Module):
@@ -172,11 +173,8 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"tokens must be int32 or int64 of shape [B, T], got {tokens.dtype} of {list(tokens.shape)}"
             )
-        if padding_mask is not None and (padding_mask.dtype != torch.bool or padding_mask.shape != tokens.shape):
-            raise ValueError(
-                f"padding_mask must be bool of shape {list(tokens.shape)} (true on real tokens), "
-                f"got {padding_mask.dtype} of shape {list(padding_mask.shape)}"
-            )
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, tokens.shape[0], tokens.shape[1])
         # Only where a look costs no synchronisation.
         if tokens.device.type == "cpu":
             real = tokens if padding_mask is None else torch.where(padding_mask.cpu(), tokens, 0)

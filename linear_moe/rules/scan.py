@@ -71,29 +71,31 @@ def scan(
     dtype = torch.float64 if tokens.v.dtype == torch.float64 else torch.float32
     segments = segments_of(batch, length, cu_seqlens, max_length, tokens.q.device)
     shape = (segments.count, heads, *(state_shape or (tokens.k.shape[-1], value_dim)))
-    if initial_state is None:
-        state = torch.zeros(shape, dtype=dtype, device=tokens.v.device)
-    else:
+    if initial_state is not None:
         check_shape("initial_state", initial_state, shape, "[N, H, K, V]")
-        state = initial_state.to(dtype)
+        initial_state = initial_state.to(dtype)
+
+    def start() -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=tokens.v.device) if initial_state is None else initial_state
+
+    final_state: Tensor | None
 
     # Explicit casts do not stop autocast from choosing 16-bit contractions.
     with _without_autocast(tokens.q.device):
         if segments.num_tokens == 0 or segments.count == 0:
-            output, state = _nothing(tokens), state.clone()
+            output, final_state = _nothing(tokens), start().clone()
         elif impl == "triton":
             assert form is not None
-            given = None if initial_state is None else state
-            output, state = _run_kernel(form, tokens, segments, given, scale, return_final_state)
+            output, final_state = _run_kernel(form, tokens, segments, initial_state, scale, return_final_state)
         else:
             flat = _flatten(tokens, dtype)
             if impl == "chunked":
                 assert form is not None
-                output, state = chunked(form, flat, segments, state, scale)
+                output, final_state = chunked(form, flat, segments, start(), scale)
             else:
-                output, state = recurrent(step, flat._replace(q=flat.q * scale), segments, state)
+                output, final_state = recurrent(step, flat._replace(q=flat.q * scale), segments, start())
     output = output.to(tokens.v.dtype).unflatten(0, (batch, length))
-    return RuleOutput(output, state if return_final_state else None)
+    return RuleOutput(output, final_state if return_final_state else None)
 
 
 def run_op(

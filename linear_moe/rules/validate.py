@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,13 @@ def check_count(name: str, value: object) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_coefficient(name: str, value: object) -> None:
+    """Raise unless `value` is a finite number of at least 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -27,8 +36,21 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be of dtype {allowed}, got {tensor.dtype}")
 
 
+def check_padding_mask(padding_mask: object, batch: int, length: int) -> None:
+    """Raise unless `padding_mask` is a bool tensor `[B, T]`."""
+    if not isinstance(padding_mask, Tensor):
+        got = f"a {type(padding_mask).__name__}, not a tensor"
+    elif padding_mask.dtype != torch.bool or tuple(padding_mask.shape) != (batch, length):
+        got = f"{padding_mask.dtype} of shape {list(padding_mask.shape)}"
+    else:
+        return
+    raise ValueError(f"padding_mask must be bool of shape {[batch, length]} (true on real tokens), got {got}")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     """Check the borders of packed sequences; their values only on a CPU, where looking costs no synchronisation."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be an int32 or int64 tensor [N + 1], got a {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
             f"cu_seqlens must be int32 or int64 of shape [N + 1] with N >= 1, "
@@ -59,7 +81,7 @@ def check_scan_inputs(
 ) -> None:
     """Check the transformed tensors of an op against each other. Shapes and dtypes only: nothing waits for a device.
 
-    `log_decay` above 0 is refused where looking is free, on a CPU.
+    A `log_decay` above 0, NaN or -inf is refused where looking is free, on a CPU.
     """
     q_name, k_name, v_name = names
     for name, tensor in ((q_name, q), (k_name, k), (v_name, v)):
@@ -85,10 +107,14 @@ def check_scan_inputs(
         check_float("log_decay", log_decay)
         if log_decay.device != q.device:
             raise ValueError(f"log_decay must be on the device of {q_name}, {q.device}, got {log_decay.device}")
-        if log_decay.device.type == "cpu" and log_decay.numel() and float(log_decay.detach().amax()) > 0:
-            raise ValueError(
-                f"log_decay must be at most 0 (it is the natural log of a decay in (0, 1]), got {float(log_decay.max()):.4g}"
-            )
+        if log_decay.device.type == "cpu" and log_decay.numel():
+            lowest, highest = (float(x) for x in log_decay.detach().aminmax())  # NaN if any is
+            if not -math.inf < lowest <= highest <= 0:
+                wrong = lowest if lowest == -math.inf else highest
+                raise ValueError(
+                    "log_decay must be at most 0 and finite (it is the natural log of a decay in (0, 1]), "
+                    f"got {wrong:.4g}"
+                )
     if beta is not None:
         check_float("beta", beta)
         check_shape("beta", beta, (batch, length, heads), "[B, T, H]")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.layers import attention
 from linear_moe.layers.attention import SoftmaxAttention
 from linear_moe.rules.transforms import rotary
 
@@ -93,6 +95,33 @@ def test_packed_documents_equal_the_sequences_alone(shape: dict[str, int], carri
     state = layer.new_state(len(parts)) if carried else None
     output = layer(torch.cat(parts)[None], cu_seqlens=borders, state=state)
     torch.testing.assert_close(output[0], torch.cat([definition(layer, part) for part in parts]), **EXACT)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_packed_documents_are_those_of_the_sequences_alone(shape: dict[str, int]) -> None:
+    layer, lengths = make(**shape), (4, 6, 0, 4, 1, 6)
+    x = torch.randn(1, sum(lengths), 8, dtype=torch.float64, requires_grad=True)
+    weights, inputs = torch.randn(sum(lengths), 8, dtype=torch.float64), [*layer.parameters(), x]
+    packed = layer(x, cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)]))[0]
+    alone = torch.cat([layer(part[None])[0] for part in x[0].split(lengths)])
+    torch.testing.assert_close(packed, alone, **EXACT)
+    got, expected = (torch.autograd.grad((output * weights).sum(), inputs) for output in (packed, alone))
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+def test_a_packed_document_costs_what_it_costs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are made of no two tokens of different documents; those of one length are made in one call."""
+    calls = []
+    right = attention.F.scaled_dot_product_attention
+
+    def counted(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+        calls.append((q.shape[0], q.shape[2], k.shape[2]))
+        return right(q, k, *rest, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counted)
+    borders = torch.tensor([0, 3, 10, 13, 16, 23])
+    make(num_heads=2, window=5)(torch.randn(1, 23, 8, dtype=torch.float64), cu_seqlens=borders)
+    assert sorted(calls) == [(2, 7, 7), (3, 3, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -168,6 +169,7 @@ def test_counts_and_precision() -> None:
         ({"num_experts": 2, "top_k": 3}, r"top_k must be an integer in \[1, num_experts = 2\], got 3"),
         ({"num_shared_experts": -1}, "num_shared_experts must be at least 0, got -1"),
         ({"ratio": 2.0, "width": 3}, "ratio and width were both given"),
+        ({"balance_weight": math.nan}, "balance_weight must be a finite number of at least 0, got nan"),
         ({"router_score": "tanh"}, "router_score must be one of softmax, sigmoid"),
     ],
 )
@@ -182,5 +184,8 @@ def test_bad_input_is_named() -> None:
         layer(torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match="the layer's dtype"):
         layer(torch.randn(2, 3, 8).double())
-    with pytest.raises(ValueError, match="padding_mask must be bool of shape"):
-        layer(torch.randn(2, 3, 8), padding_mask=torch.ones(2, 3))
+    for mask in (torch.ones(2, 3), torch.ones(2, 4, dtype=torch.bool), [[True] * 3] * 2):
+        with pytest.raises(
+            ValueError, match=r"padding_mask must be bool of shape \[2, 3\] \(true on real tokens\), got"
+        ):
+            layer(torch.randn(2, 3, 8), padding_mask=mask)

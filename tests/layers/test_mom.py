@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from typing import Any
 
@@ -205,6 +206,7 @@ def test_value_heads_may_outnumber_key_heads() -> None:
         ({"memory_projections": "own"}, "memory_projections must be one of memory, shared, got 'own'"),
         ({"query_projection": "own"}, "query_projection must be one of memory, shared, got 'own'"),
         ({"router_score": "relu"}, "router_score must be one of softmax, sigmoid, got 'relu'"),
+        ({"balance_weight": math.nan}, "balance_weight must be a finite number of at least 0, got nan"),
         ({"auxiliary": "none"}, "auxiliary must be one of attach, collect, got 'none'"),
         ({"impl": "cuda"}, "impl must be one of auto, triton, chunked, recurrent, got 'cuda'"),
         ({"layer_index": 2, "num_layers": 2}, r"layer_index must be in \[0, num_layers = 2\), got 2"),

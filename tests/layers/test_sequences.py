@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -58,8 +60,10 @@ def test_without_either_every_row_is_a_sequence() -> None:
             torch.tensor([0, 4]),
             "padding_mask and cu_seqlens were both given",
         ),
-        ((2, 4, 3), torch.ones(2, 4), None, r"padding_mask must be bool of shape \(2, 4\).*got torch.float32"),
-        ((2, 4, 3), torch.ones(2, 5, dtype=torch.bool), None, r"padding_mask must be bool of shape \(2, 4\).*\(2, 5\)"),
+        ((2, 4, 3), torch.ones(2, 4), None, r"padding_mask must be bool of shape \[2, 4\].*got torch.float32"),
+        ((2, 4, 3), torch.ones(2, 5, dtype=torch.bool), None, r"padding_mask must be bool of shape \[2, 4\].*\[2, 5\]"),
+        ((1, 2, 3), [[True, True]], None, r"padding_mask must be bool of shape \[1, 2\].*got a list, not a tensor"),
+        ((1, 4, 3), None, [0, 4], r"cu_seqlens must be an int32 or int64 tensor \[N \+ 1\], got a list"),
         ((2, 4, 3), None, torch.tensor([0, 4]), r"packed input \(cu_seqlens\) must have B = 1, got B = 2"),
         ((1, 4, 3), None, torch.tensor([0.0, 4.0]), "cu_seqlens must be int32 or int64.*got torch.float32"),
         ((1, 4, 3), None, torch.tensor([0]), r"cu_seqlens must be int32 or int64 of shape \[N \+ 1\] with N >= 1"),
@@ -68,8 +72,6 @@ def test_without_either_every_row_is_a_sequence() -> None:
         ((1, 4, 3), None, torch.tensor([0, 3]), "cu_seqlens must end at T = 4, got 3"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    shape: tuple[int, ...], mask: torch.Tensor | None, borders: torch.Tensor | None, message: str
-) -> None:
+def test_what_does_not_fit_is_refused(shape: tuple[int, ...], mask: Any, borders: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         describe_sequences(torch.zeros(*shape), mask, borders)
