@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.attention_state import AttentionState
+from linear_moe.layers.checks import check_input, check_state
 from linear_moe.layers.initialization import normal_init_
-from linear_moe.layers.projections import autocasting
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.rules.segments import Segments, pad_segments, segments_of, unpad_segments
 from linear_moe.rules.transforms import rotary
@@ -249,17 +249,10 @@ class SoftmaxAttention(nn.Module):
         return f"{type(self).__name__} {self.layer_index}"
 
     def _check(self, x: Tensor, sequences: Sequences, state: AttentionState | None) -> None:
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must have hidden_size = {self.hidden_size} channels, got shape {list(x.shape)}")
-        expected = self.out_proj.weight.dtype
-        if x.dtype != expected and not autocasting(x.device):
-            raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
+        check_input(x, self.hidden_size, self.out_proj.weight.dtype)
         if state is None:
             return
-        if not isinstance(state, AttentionState):
-            raise ValueError(f"state must be an AttentionState from new_state, got {type(state).__name__}")
-        if state.owner != self._owner():
-            raise ValueError(f"state belongs to {state.owner}, this is {self._owner()}")
+        check_state(state, AttentionState, self._owner())
         shape = (sequences.num_sequences, state.num_columns, self.num_kv_heads, self.head_dim)
         if tuple(state.keys.shape) != shape:
             raise ValueError(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.checks import check_input
 from linear_moe.layers.feed_forward import SwiGLU, swiglu_width
 from linear_moe.layers.initialization import normal_init_
-from linear_moe.layers.projections import autocasting, grouped_linear
+from linear_moe.layers.projections import grouped_linear
 from linear_moe.layers.routing import Router, Routing, sort_slots
 from linear_moe.layers.slots import gather_tokens, scatter_slots
 from linear_moe.rules.base import upcast
@@ -119,7 +120,9 @@ class MixtureOfExperts(nn.Module):
         Raises:
             ValueError: if `x` does not fit the layer, or the mask `x`.
         """
-        self._check(x, padding_mask)
+        check_input(x, self.hidden_size, self.in_weight.dtype)
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, x.shape[0], x.shape[1])
         if x.shape[0] * x.shape[1] == 0:
             return torch.zeros_like(x)
         tokens = x.flatten(0, 1)
@@ -145,15 +148,6 @@ class MixtureOfExperts(nn.Module):
             output = torch.where(valid[:, None], output, 0)
         attached: Tensor = self.router.auxiliary(output.to(x.dtype).view_as(x), loss)
         return attached
-
-    def _check(self, x: Tensor, padding_mask: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must be [B, T, hidden_size = {self.hidden_size}], got shape {list(x.shape)}")
-        expected = self.in_weight.dtype
-        if x.dtype != expected and not autocasting(x.device):
-            raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
-        if padding_mask is not None:
-            check_padding_mask(padding_mask, x.shape[0], x.shape[1])
 
     def update_balance_bias(self) -> None:
         """Move the selection bias by the loads since the last call; nothing without `balance_bias_rate`."""

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.checks import check_input, check_state
 from linear_moe.layers.gate_parameters import GateParameters
 from linear_moe.layers.norms import GatedRMSNorm
-from linear_moe.layers.projections import autocasting, grouped_linear, xavier_init_
+from linear_moe.layers.projections import grouped_linear, xavier_init_
 from linear_moe.layers.routing import SlotPlan, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
@@ -346,17 +347,10 @@ class RecurrentMixer(nn.Module, ABC):
         return f"{type(self).__name__} {self.layer_index} ({self.rule.name})"
 
     def _check(self, x: Tensor, sequences: Sequences, state: MemoryState | None) -> None:
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must have hidden_size = {self.hidden_size} channels, got shape {list(x.shape)}")
-        expected = self.out_proj.weight.dtype
-        if x.dtype != expected and not autocasting(x.device):
-            raise ValueError(f"x must have the layer's dtype, {expected}, got {x.dtype}")
+        check_input(x, self.hidden_size, self.out_proj.weight.dtype)
         if state is None:
             return
-        if not isinstance(state, MemoryState):
-            raise ValueError(f"state must be a MemoryState from new_state, got {type(state).__name__}")
-        if state.owner != self._owner():
-            raise ValueError(f"state belongs to {state.owner}, this is {self._owner()}")
+        check_state(state, MemoryState, self._owner())
         dims = self.rule.dims
         shape = (sequences.num_sequences, self.num_states, dims.num_value_heads, *self.rule.state_shape())
         if tuple(state.memory.shape) != shape:

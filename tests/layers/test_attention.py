@@ -253,7 +253,7 @@ def test_bad_input_is_named() -> None:
         layer(x, state=SoftmaxAttention(8, 2, layer_index=1).new_state(2))
     with pytest.raises(ValueError, match="window = 4 columns, got 0"):
         layer(x, state=SoftmaxAttention(8, 2).new_state(2))
-    with pytest.raises(ValueError, match="must be an AttentionState"):
+    with pytest.raises(ValueError, match="state must be one of class AttentionState"):
         layer(x, state=object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         layer.new_state(0)

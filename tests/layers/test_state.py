@@ -179,5 +179,5 @@ def test_a_state_without_a_conv_that_is_needed_is_refused() -> None:
 
 def test_something_else_is_no_state() -> None:
     mixer = layer()
-    with pytest.raises(ValueError, match="state must be a MemoryState from new_state, got dict"):
+    with pytest.raises(ValueError, match="state must be one of class MemoryState, from new_state, got dict"):
         mixer(torch.randn(2, 3, 8), state={})  # type: ignore[arg-type]
