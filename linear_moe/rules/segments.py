@@ -112,7 +112,7 @@ class DenseChunks:
 
     def by_step(self, x: Tensor) -> tuple[Tensor, ...]:
         """One `[N * H, *, *]` a step."""
-        return x.unflatten(0, (-1, self.segments.count * self.heads)).unbind(0)
+        return x.view(-1, self.segments.count * self.heads, *x.shape[1:]).unbind(0)
 
     def by_chunk(self, steps: list[Tensor]) -> Tensor:
         """The reverse of `by_step`."""
