@@ -157,6 +157,14 @@ def block_of(size: int, largest: int | None = None) -> int:
     return block if largest is None else min(block, largest)
 
 
+def stages_of(wanted: int, tile: int, dtype: torch.dtype) -> int:
+    """Pipeline stages: at least 2 for 16-bit tiles narrower than 64 channels.
+
+    At one stage triton 3.6 compiles a walk with a state of 256 x 32 to one that reads outside its shared memory on Hopper.
+    """
+    return wanted if tile >= 64 or dtype == torch.float32 else max(wanted, 2)
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """How tiles are multiplied: float32 exactly, 16 bits as they are."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -38,6 +38,7 @@ from linear_moe.kernels.blocks import (
     pair_decays,
     piece_of,
     precision_of,
+    stages_of,
     state_offsets,
     store_rows,
     summed_decays,
@@ -63,7 +64,7 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages):
     forward 0.405, 0.407, 0.288; values 0.414, 0.505, 0.467; queries 0.597, 0.699, -; keys 0.547, 0.579, -. Tiles of 32 and 8
-    warps are slower. Tiles of 32 at one stage made triton 3.6 read outside its memory and are not used.
+    warps are slower.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:
@@ -600,7 +601,7 @@ def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[tuple[int]
         "TILE": tile,
         "K_BLOCK" if by_values else "V_BLOCK": block_of(whole),
         "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
+        "num_stages": stages_of(launch.num_stages, tile, k.dtype),
     }
     return (splits.num_pieces * v.shape[1] * triton.cdiv(tiled, tile),), parameters
 
@@ -644,7 +645,9 @@ def _run_forward(
     starts: Tensor | None = None,
     final: Tensor | None = None,
     transition: bool = False,
+    borders: Tensor | None = None,
 ) -> None:
+    borders = walk.splits.borders if borders is None else borders
     grid, parameters = _launch("forward", k, v, walk.splits)
     _forward_kernel[grid](
         q,
@@ -658,8 +661,8 @@ def _run_forward(
         wrong,
         starts,
         final,
-        walk.splits.borders,
-        walk.splits.borders.stride(0),
+        borders,
+        borders.stride(0),
         v.shape[0],
         scale,
         TRANSITION=transition,
@@ -709,27 +712,27 @@ def forward(
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     solved = _solve(q, k, v, walk)
     heads, key_dim, value_dim = v.shape[1], k.shape[2], v.shape[2]
-    starts, final, transitions = initial_state, None, None
-    cut_up = walk.splits.cut
-    if cut_up:
-        transitions = torch.empty(walk.splits.num_pieces, heads, key_dim, key_dim, device=k.device)
+    splits = walk.splits
+    starts, transitions = initial_state, None
+    if splits.cut:
+        transitions = torch.empty(splits.num_pieces, heads, key_dim, key_dim, device=k.device)
         # Only the width of the values matters here: K columns of I.
         columns = k.new_empty(1, 1, 1).expand(v.shape[0], heads, key_dim)
-        _run_forward(walk, solved, q, k, columns, final=transitions, transition=True)
-        increments = torch.empty(walk.splits.num_pieces, heads, key_dim, value_dim, device=k.device)
-        _run_forward(walk, solved, q, k, v, final=increments)
-        starts, final = join_affine(increments, transitions, initial_state, walk.splits)
-    elif want_final:
-        final = torch.empty(ragged.num_segments, heads, key_dim, value_dim, device=k.device)
+        _run_forward(walk, solved, q, k, columns, final=transitions, transition=True, borders=splits.several)
+        increments = torch.empty(splits.num_pieces, heads, key_dim, value_dim, device=k.device)
+        _run_forward(walk, solved, q, k, v, final=increments, borders=splits.leading)
+        exact = k.dtype == torch.float32
+        starts, _ = join_affine(increments, transitions, initial_state, splits, exact=exact)
+    piece_ends = None
+    if want_final:
+        piece_ends = torch.empty(splits.num_pieces, heads, key_dim, value_dim, device=k.device)
     output = torch.empty_like(v)
     wrong = torch.empty_like(v) if keep else None
-    _run_forward(
-        walk, solved, q, k, v, scale=scale, output=output, wrong=wrong, starts=starts, final=None if cut_up else final
-    )
+    _run_forward(walk, solved, q, k, v, scale=scale, output=output, wrong=wrong, starts=starts, final=piece_ends)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
-    kept = None if wrong is None else Kept(wrong, solved, starts if cut_up else None, transitions)
-    return Forward(output, final if want_final else None, kept)
+    kept = None if wrong is None else Kept(wrong, solved, starts if splits.cut else None, transitions)
+    return Forward(output, None if piece_ends is None else splits.ends(piece_ends), kept)
 
 
 class Backward(NamedTuple):
@@ -761,31 +764,32 @@ def backward(
     """The gradients of `forward`; `kept` as it returned it."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     num_tokens, heads, value_dim = v.shape
-    key_dim, num_pieces, cut_up = k.shape[2], walk.splits.num_pieces, walk.splits.cut
+    key_dim, splits = k.shape[2], walk.splits
     constants = walk.constants(k, v)
-    starts = kept.starts if cut_up else initial_state
+    starts = kept.starts if splits.cut else initial_state
     gates = (walk.decays, walk.beta)
     grid, parameters = _launch("values", k, v, walk.splits)
     tiles = triton.cdiv(value_dim, parameters["TILE"])
     d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
     dv = torch.empty_like(v)
 
-    def run_values(output: Tensor | None, start: Tensor | None, final: Tensor | None) -> None:
+    def run_values(output: Tensor | None, start: Tensor | None, final: Tensor | None, borders: Tensor) -> None:
         _values_kernel[grid](
-            q, k, d_output, kept.wrong, *gates, kept.solved.erasure, kept.solved.reads, output, d_beta, start, final,
-            walk.splits.borders, walk.splits.borders.stride(0), num_tokens, scale, **parameters, **constants,
+            q, k, d_output, kept.wrong, *gates, kept.solved.erasure, kept.solved.reads, output, d_beta, start, final, borders,
+            borders.stride(0), num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 
-    reverse_starts, d_initial = d_final, None
-    if cut_up:
-        assert kept.transitions is not None
-        increments = torch.empty(num_pieces, heads, key_dim, value_dim, device=v.device)
-        run_values(None, None, increments)
-        reverse_starts, d_initial = join_affine(increments, kept.transitions.mT, d_final, walk.splits, reverse=True)
+    reverse_starts = d_final
+    if splits.cut:
+        assert kept.transitions is not None and splits.trailing is not None
+        increments = torch.empty(splits.num_pieces, heads, key_dim, value_dim, device=v.device)
+        run_values(None, None, increments, splits.trailing)
+        exact = k.dtype == torch.float32
+        reverse_starts, _ = join_affine(increments, kept.transitions.mT, d_final, splits, reverse=True, exact=exact)
     piece_ends = None
     if starts is not None:
-        piece_ends = torch.empty(num_pieces, heads, key_dim, value_dim, device=v.device)
-    run_values(dv, reverse_starts, piece_ends)
+        piece_ends = torch.empty(splits.num_pieces, heads, key_dim, value_dim, device=v.device)
+    run_values(dv, reverse_starts, piece_ends, splits.borders)
 
     chunk = chunk_length(k, v)
     reads, erases = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
@@ -825,8 +829,8 @@ def backward(
         d_decay = decay_gradient(read, written, at_start, walk.splits.borders).t().contiguous()
     if shared:
         dq, dk = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (dq, dk))
-    if initial_state is not None and not cut_up:
-        d_initial = piece_ends
-    return Backward(
-        dq, dk, dv, d_decay, d_beta.sum(0).t().contiguous(), d_initial if initial_state is not None else None
-    )
+    d_initial = None
+    if initial_state is not None:
+        assert piece_ends is not None
+        d_initial = splits.ends(piece_ends, reverse=True)
+    return Backward(dq, dk, dv, d_decay, d_beta.sum(0).t().contiguous(), d_initial)

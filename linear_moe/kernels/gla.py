@@ -30,6 +30,7 @@ from linear_moe.kernels.blocks import (
     num_processors,
     piece_of,
     precision_of,
+    stages_of,
     state_offsets,
     store_rows,
     zero_uncovered,
@@ -59,7 +60,7 @@ def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype)
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128): prepare 0.59, with
     8 warps 0.81, and tile 128 0.78; walk 0.235, at 1 stage 0.29, at 3 stages 0.25; keys 1.19, with 4 warps 1.30; queries 1.66,
-    with 4 warps 1.82. Tiles of 32 at one stage made triton 3.6 read outside its memory and are not used.
+    with 4 warps 1.82.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:
@@ -490,12 +491,13 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
     totals = torch.empty(chunks.num_pieces, heads, key_dim, dtype=torch.float32, device=k.device)
     fades = totals.new_empty(chunks.num_pieces, heads)
+    tile = block_of(key_dim, launch.tile)
     # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
     for mild in (True, False):
         _prepare_kernel[(chunks.num_pieces * heads,)](
             q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
-            K_HEADS=k.shape[1], K=key_dim, TILE=block_of(key_dim, launch.tile), MILD=mild, num_warps=launch.num_warps,
-            num_stages=launch.num_stages, **_shared_constants(k, chunk),
+            K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild, num_warps=launch.num_warps,
+            num_stages=stages_of(launch.num_stages, tile, k.dtype), **_shared_constants(k, chunk),
         )  # fmt: skip
     assert chunks.first is not None
     first = chunks.first[:-1]
@@ -520,7 +522,9 @@ def _walk(
     scale: float = 1.0,
     state_scale: float = 1.0,
     reverse: bool = False,
+    borders: Tensor | None = None,
 ) -> None:
+    borders = splits.borders if borders is None else borders
     heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
     launch = choose_launch("walk", key_dim, value_dim, v.dtype)
     tile = block_of(value_dim, launch.tile)
@@ -535,8 +539,8 @@ def _walk(
         starts,
         final,
         piece_totals,
-        splits.borders,
-        splits.borders.stride(0),
+        borders,
+        borders.stride(0),
         scale,
         state_scale,
         HEADS=heads,
@@ -561,16 +565,16 @@ def _joined(
     *,
     state_scale: float = 1.0,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The state that each piece starts from and the one after each segment's last: each piece alone, then the join."""
+) -> Tensor:
+    """The state that each piece starts from: each piece alone, then the join."""
     shape = (splits.num_pieces, v.shape[1], writes.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=v.device)
     totals = torch.zeros(shape[:3], dtype=torch.float32, device=v.device)
     _walk(
         writes, writes, v, prepared, splits, starts=None, final=increments, piece_totals=totals, state_scale=state_scale,
-        reverse=reverse,
+        reverse=reverse, borders=splits.trailing if reverse else splits.leading,
     )  # fmt: skip
-    return join(increments, totals, initial_state, splits, reverse=reverse)
+    return join(increments, totals, initial_state, splits, reverse=reverse)[0]
 
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -605,19 +609,28 @@ def forward(
     """The recurrence along ragged segments; arguments as the library op's."""
     splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged)
-    starts, final = initial_state, None
+    starts = initial_state
     if splits.cut:
-        starts, final = _joined(prepared.writes, v, prepared, splits, initial_state)
-    elif want_final:
-        final = torch.empty(ragged.num_segments, v.shape[1], k.shape[2], v.shape[2], device=v.device)
+        starts = _joined(prepared.writes, v, prepared, splits, initial_state)
+    piece_ends = None
+    if want_final:
+        piece_ends = torch.empty(splits.num_pieces, v.shape[1], k.shape[2], v.shape[2], device=v.device)
     output = torch.empty_like(v)
     _walk(
-        prepared.reads, prepared.writes, v, prepared, splits, starts=starts, output=output, scale=scale,
-        final=None if splits.cut else final,
-    )  # fmt: skip
+        prepared.reads,
+        prepared.writes,
+        v,
+        prepared,
+        splits,
+        starts=starts,
+        output=output,
+        scale=scale,
+        final=piece_ends,
+    )
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
-    return Forward(output, final if want_final else None, starts if splits.cut else None)
+    final = None if piece_ends is None else splits.ends(piece_ends)
+    return Forward(output, final, starts if splits.cut else None)
 
 
 class Backward(NamedTuple):
@@ -648,11 +661,9 @@ def backward(
     key_dim = k.shape[2]
     splits = ragged.pieces(num_tokens, piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged)
-    reverse_starts, d_initial = d_final, None
+    reverse_starts = d_final
     if splits.cut:
-        reverse_starts, d_initial = _joined(
-            prepared.reads, d_output, prepared, splits, d_final, state_scale=scale, reverse=True
-        )
+        reverse_starts = _joined(prepared.reads, d_output, prepared, splits, d_final, state_scale=scale, reverse=True)
     else:
         starts = initial_state
     dv = torch.empty_like(v)
@@ -680,7 +691,8 @@ def backward(
             kernel[(splits.num_pieces * heads * triton.cdiv(key_dim, tile),)](
                 q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), scale, HEADS=heads,
                 K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
-                num_warps=launch.num_warps, num_stages=launch.num_stages, **_shared_constants(k, launch.chunk),
+                num_warps=launch.num_warps, num_stages=stages_of(launch.num_stages, tile, k.dtype),
+                **_shared_constants(k, launch.chunk),
             )  # fmt: skip
 
     run("keys", _keys_kernel, dk, written, reverse_starts)
@@ -690,6 +702,8 @@ def backward(
             zero_uncovered(gradient, ragged.cu_seqlens)
     if shared:
         dq, dk = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (dq, dk))
-    if initial_state is not None and not splits.cut:
-        d_initial = piece_ends
-    return Backward(dq, dk, dv, d_decay, d_initial if initial_state is not None else None)
+    d_initial = None
+    if initial_state is not None:
+        assert piece_ends is not None
+        d_initial = splits.ends(piece_ends, reverse=True)
+    return Backward(dq, dk, dv, d_decay, d_initial)

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.kernels.blocks import block_of
 from linear_moe.kernels.splits import Splits
 
 JOIN_BLOCK = 1024
+AFFINE_TILE = 32
 
 
 @triton.jit
@@ -98,34 +100,98 @@ def join(
     return starts, final
 
 
+@triton.jit
+def _join_affine_kernel(
+    increments_ptr,
+    transitions_ptr,
+    initial_ptr,
+    starts_ptr,
+    final_ptr,
+    first_ptr,
+    row_stride,
+    column_stride,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    program = tl.program_id(0)
+    values = (program % NUM_TILES) * TILE + tl.arange(0, TILE)
+    head = (program // NUM_TILES) % HEADS
+    segment = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    keys = tl.arange(0, K_BLOCK)
+    inside = (keys < K)[:, None] & (values < V)[None, :]
+    at = keys[:, None] * V + values[None, :]
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + (segment * HEADS + head) * K * V + at, mask=inside, other=0.0)
+    else:
+        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    first = tl.load(first_ptr + segment)
+    count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
+    for step in range(count):
+        piece = (first + (count - 1 - step if REVERSE else step)) * HEADS + head
+        tl.store(starts_ptr + piece * K * V + at, state, mask=inside)
+        # What was just stored is read again a few rows at a time: a product's operand can't be cut out of registers.
+        tl.debug_barrier()
+        state = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
+        for key in range(0, K, STEP):
+            some = key + tl.arange(0, STEP)
+            moves_at = piece * K * K + keys[:, None] * row_stride + some[None, :] * column_stride
+            moves = tl.load(transitions_ptr + moves_at, mask=(keys < K)[:, None] & (some < K)[None, :], other=0.0)
+            rows_at = piece * K * V + some[:, None] * V + values[None, :]
+            rows = tl.load(starts_ptr + rows_at, mask=(some < K)[:, None] & (values < V)[None, :], other=0.0)
+            state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + (segment * HEADS + head) * K * V + at, state, mask=inside)
+
+
 def join_affine(
-    increments: Tensor, transitions: Tensor, initial_state: Tensor | None, splits: Splits, *, reverse: bool = False
+    increments: Tensor,
+    transitions: Tensor,
+    initial_state: Tensor | None,
+    splits: Splits,
+    *,
+    reverse: bool = False,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`join` for a recurrence with erase, whose pieces take S to transition @ S + increment.
 
     Args:
         increments: `[P, H, K, V]` float32.
-        transitions: `[P, H, K, K]` float32.
+        transitions: `[P, H, K, K]` float32; its last two dims may be transposed.
         initial_state: `[N, H, K, V]` float32, or None for zeros.
         splits: the pieces of the segments.
         reverse: walk the pieces from a segment's last to its first.
+        exact: whether to multiply in float32, or in three tensor-core products that leave off its last bits.
 
     Returns:
         As `join`.
     """
     assert splits.first is not None
-    first, after = splits.first[:-1], splits.first[1:]
-    if initial_state is None:
-        state = increments.new_zeros(first.numel(), *increments.shape[1:])
-    else:
-        state = initial_state
-    # One row more, for segments that have no such piece.
-    starts = increments.new_zeros(splits.num_pieces + 1, *increments.shape[1:])
-    for step in range(splits.most):
-        piece = after - 1 - step if reverse else first + step
-        exists = (piece >= first) & (piece < after)
-        starts.index_copy_(0, torch.where(exists, piece, splits.num_pieces), state)
-        piece = torch.where(exists, piece, 0)
-        new = torch.matmul(transitions[piece], state) + increments[piece]
-        state = torch.where(exists[:, None, None, None], new, state)
-    return starts[:-1], state
+    num_segments = splits.first.numel() - 1
+    _, heads, K, V = increments.shape
+    starts = torch.zeros_like(increments)
+    final = torch.empty(num_segments, heads, K, V, dtype=torch.float32, device=increments.device)
+    _join_affine_kernel[(num_segments * heads * triton.cdiv(V, AFFINE_TILE),)](
+        increments,
+        transitions,
+        initial_state,
+        starts,
+        final,
+        splits.first,
+        *transitions.stride()[2:],
+        HEADS=heads,
+        K=K,
+        V=V,
+        K_BLOCK=block_of(K),
+        TILE=AFFINE_TILE,
+        STEP=AFFINE_TILE,
+        REVERSE=reverse,
+        PRECISION="ieee" if exact else "tf32x3",
+    )
+    return starts, final

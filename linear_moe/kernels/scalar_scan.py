@@ -212,8 +212,11 @@ def _scan(
     totals: Tensor | None = None,
     transposed_state: bool = False,
     other: Tensor | None = None,
+    borders: Tensor | None = None,
 ) -> Tensor | None:
     """Scan `q`, `k` `[S, *, K]` and `v` `[S, *, V]` along every piece into `output` and `final`, where given.
+
+    `borders` are the splits' own unless given.
 
     Returns `[tiles, H, S]` float32, to be summed over tiles: <output, other> without each token's own pair; None without
     `other`.
@@ -226,6 +229,7 @@ def _scan(
     overlap = None
     if other is not None:
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
+    borders = walk.splits.borders if borders is None else borders
     _scan_kernel[(walk.splits.num_pieces * walk.heads * tiles,)](
         q,
         k,
@@ -237,8 +241,8 @@ def _scan(
         totals,
         overlap,
         other,
-        walk.splits.borders,
-        walk.splits.borders.stride(0),
+        borders,
+        borders.stride(0),
         num_tokens,
         scale,
         state_scale,
@@ -264,13 +268,16 @@ def _scan(
 
 def _joined(
     walk: _Walk, k: Tensor, v: Tensor, initial_state: Tensor | None, *, state_scale: float = 1.0, reverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The state that each piece starts from and the one after each segment's last: each piece alone, then the join."""
+) -> Tensor:
+    """The state that each piece starts from: each piece alone, then the join."""
     shape = (walk.splits.num_pieces, walk.heads, k.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=k.device)
     totals = torch.zeros(shape[:2], dtype=torch.float32, device=k.device)
-    _scan(walk, k, k, v, starts=None, state_scale=state_scale, reverse=reverse, final=increments, totals=totals)
-    return join(increments, totals, initial_state, walk.splits, reverse=reverse)
+    _scan(
+        walk, k, k, v, starts=None, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
+        borders=walk.splits.trailing if reverse else walk.splits.leading,
+    )  # fmt: skip
+    return join(increments, totals, initial_state, walk.splits, reverse=reverse)[0]
 
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -315,18 +322,17 @@ def forward(
     want_final: bool,
 ) -> Forward:
     """S_t = a_t S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t along ragged segments; arguments as the library op's."""
-    key_dim = k.shape[2]
     walk = _walk_of(k, v, log_decay, decay, ragged)
-    starts, final = initial_state, None
-    if walk.splits.cut:
-        starts, final = _joined(walk, k, v, initial_state)
-    elif want_final:
-        final = torch.empty(ragged.num_segments, *v.shape[1:2], key_dim, v.shape[2], device=v.device)
+    starts = _joined(walk, k, v, initial_state) if walk.splits.cut else initial_state
+    piece_ends = None
+    if want_final:
+        piece_ends = torch.empty(walk.splits.num_pieces, v.shape[1], k.shape[2], v.shape[2], device=v.device)
     output = torch.empty_like(v)
-    _scan(walk, q, k, v, starts=starts, output=output, scale=scale, final=None if walk.splits.cut else final)
+    _scan(walk, q, k, v, starts=starts, output=output, scale=scale, final=piece_ends)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
-    return Forward(output, final if want_final else None, starts if walk.splits.cut else None)
+    final = None if piece_ends is None else walk.splits.ends(piece_ends)
+    return Forward(output, final, starts if walk.splits.cut else None)
 
 
 class Backward(NamedTuple):
@@ -357,10 +363,9 @@ def backward(
 ) -> Backward:
     """The gradients of `forward`; `starts` as it returned them."""
     walk = _walk_of(k, v, log_decay, decay, ragged)
-    cut = walk.splits.cut
-    reverse_starts, d_initial = d_final, None
-    if cut:
-        reverse_starts, d_initial = _joined(walk, q, d_output, d_final, state_scale=scale, reverse=True)
+    reverse_starts = d_final
+    if walk.splits.cut:
+        reverse_starts = _joined(walk, q, d_output, d_final, state_scale=scale, reverse=True)
     else:
         starts = initial_state
     # A key head's gradient is the sum over the value heads that share it, in float32.
@@ -369,7 +374,7 @@ def backward(
     dq, dk = (torch.empty(wide, dtype=torch.float32 if shared else q.dtype, device=q.device) for _ in range(2))
     dv = torch.empty_like(v)
     piece_ends = None
-    if (want_decay and starts is not None) or (initial_state is not None and not cut):
+    if (want_decay and starts is not None) or initial_state is not None:
         piece_ends = torch.empty(walk.splits.num_pieces, v.shape[1], k.shape[2], v.shape[2], device=v.device)
     read = _scan(
         walk, d_output, v, k, starts=starts, output=dq, scale=scale, transposed_state=True,
@@ -404,6 +409,8 @@ def backward(
         d_decay = decay_gradient(read, written, at_start, walk.splits.borders).t().contiguous()
     if shared:
         dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) for x in (dq, dk))
-    if initial_state is not None and not cut:
-        d_initial = piece_ends
-    return Backward(dq, dk, dv, d_decay, d_initial if initial_state is not None else None)
+    d_initial = None
+    if initial_state is not None:
+        assert piece_ends is not None
+        d_initial = walk.splits.ends(piece_ends, reverse=True)
+    return Backward(dq, dk, dv, d_decay, d_initial)

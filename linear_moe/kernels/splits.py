@@ -2,7 +2,7 @@
 
 Where to cut depends on static sizes only, never on the data. Each split is scanned by itself from an empty state; the states
 at the splits' borders follow by joining those transitions in order (`linear_moe.kernels.join`); then every split is scanned
-from its own.
+from its own. Only segments longer than a split pay for it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ PIECES_BLOCK = 256
 WAVES = 2
 """Programs wanted a multiprocessor."""
 LEAST_GAIN = 3.0
-"""Splitting reads keys and values twice and takes a dozen more launches: it must shorten the longest walk by more than this.
-At B8 T4096 H4 K = V = 256 on an H200 walks half as long took three times the time."""
+"""Splitting walks most of a long segment twice: it must shorten the longest walk by more than this."""
 
 
 class Splits(NamedTuple):
@@ -31,6 +30,12 @@ class Splits(NamedTuple):
     """`[N + 1]` int64: the first piece of each segment; pieces past the last hold nothing. None: every segment is one piece."""
     owner: Tensor | None
     """`[P]` int64: the segment of each piece; the last one's for pieces past the last. None as above."""
+    leading: Tensor | None
+    """`borders` with the last piece of every segment emptied: no start depends on what that does. None as above."""
+    trailing: Tensor | None
+    """`borders` with the first piece emptied: the same backwards."""
+    several: Tensor | None
+    """`borders` with the pieces of segments that have just one emptied."""
     most: int
     """A bound on the pieces of a segment."""
 
@@ -43,6 +48,12 @@ class Splits(NamedTuple):
     def cut(self) -> bool:
         """Whether a segment may have several pieces."""
         return self.most > 1
+
+    def ends(self, states: Tensor, *, reverse: bool = False) -> Tensor:
+        """Of the states `[P, ...]` after each piece, those after each segment's last, or in reverse its first: `[N, ...]`."""
+        if self.first is None:
+            return states
+        return states[self.first[:-1] if reverse else self.first[1:] - 1]
 
 
 class Ragged(NamedTuple):
@@ -84,7 +95,7 @@ def split_length(num_tokens: int, max_length: int, walks_per_token: int, num_pro
 
 def whole(cu_seqlens: Tensor) -> Splits:
     """Every segment one piece."""
-    return Splits(cu_seqlens.unfold(0, 2, 1), None, None, most=1)
+    return Splits(cu_seqlens.unfold(0, 2, 1), None, None, None, None, None, 1)
 
 
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
@@ -125,9 +136,15 @@ def _cut_kernel(
     inside = exists & (piece < tl.load(first_ptr + num_segments))
     begin = tl.load(cu_seqlens_ptr + low, mask=exists, other=0)
     end = tl.load(cu_seqlens_ptr + low + 1, mask=exists, other=0)
-    start = begin + (piece - tl.load(first_ptr + low, mask=exists, other=0)) * length
-    tl.store(borders_ptr + 2 * piece, tl.where(inside, start, 0), mask=exists)
-    tl.store(borders_ptr + 2 * piece + 1, tl.where(inside, tl.minimum(start + length, end), 0), mask=exists)
+    first = tl.load(first_ptr + low, mask=exists, other=0)
+    after = tl.load(first_ptr + low + 1, mask=exists, other=0)
+    start = begin + (piece - first) * length
+    stop = tl.minimum(start + length, end)
+    kept = (inside, inside & (piece + 1 < after), inside & (piece > first), inside & (after - first > 1))
+    for kind in tl.static_range(4):
+        at = 2 * (kind * num_pieces + piece)
+        tl.store(borders_ptr + at, tl.where(kept[kind], start, 0), mask=exists)
+        tl.store(borders_ptr + at + 1, tl.where(kept[kind], stop, 0), mask=exists)
     tl.store(owner_ptr + piece, low, mask=exists)
 
 
@@ -136,7 +153,7 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int) -> Sp
     num_segments = cu_seqlens.numel() - 1
     count = num_pieces(num_tokens, num_segments, length)
     first, owner = cu_seqlens.new_empty(num_segments + 1), cu_seqlens.new_empty(count)
-    borders = cu_seqlens.new_empty(count, 2)
+    borders = cu_seqlens.new_empty(4, count, 2)
     _first_kernel[(1,)](cu_seqlens, first, num_segments, length, BLOCK=SEGMENTS_BLOCK)
     _cut_kernel[(triton.cdiv(count, PIECES_BLOCK),)](
         cu_seqlens,
@@ -149,4 +166,6 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int) -> Sp
         STEPS=num_segments.bit_length(),
         BLOCK=PIECES_BLOCK,
     )
-    return Splits(borders, first, owner, most=max(-(-max_length // length), 1))
+    leading, trailing, several = borders[1:]
+    most = max(-(-max_length // length), 1)
+    return Splits(borders[0], first, owner, leading, trailing, several, most)
