@@ -107,7 +107,7 @@ def zero_uncovered(tensor: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Set rows of `tensor` `[S, ...]` past the last border to 0: they are in no segment, and no walk writes them."""
     num_tokens = tensor.shape[0]
     if tensor.numel():
-        _zero_kernel[(triton.cdiv(num_tokens, ROWS_BLOCK),)](
+        _zero_kernel[(cdiv(num_tokens, ROWS_BLOCK),)](
             tensor,
             cu_seqlens[-1:],
             num_tokens,
@@ -145,7 +145,7 @@ def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> T
         borders,
         num_tokens,
         HEADS=heads,
-        BLOCK=min(triton.next_power_of_2(heads), 16),
+        BLOCK=min(1 << (heads - 1).bit_length(), 16),
         CHUNK=chunk,
     )
     return sums
@@ -153,8 +153,13 @@ def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> T
 
 def block_of(size: int, largest: int | None = None) -> int:
     """The power of two, at least 16 (what a product of tiles needs), that holds `size`, or `largest` if that is less."""
-    block = max(16, triton.next_power_of_2(size))
+    block = max(16, 1 << (size - 1).bit_length())
     return block if largest is None else min(block, largest)
+
+
+def cdiv(total: int, part: int) -> int:
+    """Parts that hold `total`. Plain arithmetic: Triton's own costs microseconds a call on the host."""
+    return -(-total // part)
 
 
 def stages_of(wanted: int, tile: int, dtype: torch.dtype) -> int:

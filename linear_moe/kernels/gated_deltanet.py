@@ -31,6 +31,7 @@ from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     NO_DECAY,
     block_of,
+    cdiv,
     chunk_sums,
     load_columns,
     load_rows,
@@ -576,7 +577,7 @@ def chunk_length(k: Tensor, v: Tensor) -> int:
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
     launch = choose_launch("forward", k.shape[2], v.shape[2], k.dtype)
-    tiles = triton.cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
+    tiles = cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
@@ -603,7 +604,7 @@ def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[tuple[int]
         "num_warps": launch.num_warps,
         "num_stages": stages_of(launch.num_stages, tile, k.dtype),
     }
-    return (splits.num_pieces * v.shape[1] * triton.cdiv(tiled, tile),), parameters
+    return (splits.num_pieces * v.shape[1] * cdiv(tiled, tile),), parameters
 
 
 def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
@@ -769,7 +770,7 @@ def backward(
     starts = kept.starts if splits.cut else initial_state
     gates = (walk.decays, walk.beta)
     grid, parameters = _launch("values", k, v, walk.splits)
-    tiles = triton.cdiv(value_dim, parameters["TILE"])
+    tiles = cdiv(value_dim, parameters["TILE"])
     d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
     dv = torch.empty_like(v)
 
@@ -809,7 +810,7 @@ def backward(
     def new_overlap(tile: int) -> Tensor | None:
         if log_decay is None:
             return None
-        return torch.empty(triton.cdiv(key_dim, tile), heads, num_tokens, dtype=torch.float32, device=v.device)
+        return torch.empty(cdiv(key_dim, tile), heads, num_tokens, dtype=torch.float32, device=v.device)
 
     grid, parameters = _launch("queries", k, v, walk.splits)
     read = new_overlap(parameters["TILE"])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import (
     block_of,
+    cdiv,
     load_columns,
     load_rows,
     num_processors,
@@ -528,7 +529,7 @@ def _walk(
     heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
     launch = choose_launch("walk", key_dim, value_dim, v.dtype)
     tile = block_of(value_dim, launch.tile)
-    _walk_kernel[(splits.num_pieces * heads * triton.cdiv(value_dim, tile),)](
+    _walk_kernel[(splits.num_pieces * heads * cdiv(value_dim, tile),)](
         reads,
         writes,
         v,
@@ -580,7 +581,7 @@ def _joined(
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
     launch = choose_launch("walk", k.shape[2], v.shape[2], v.dtype)
-    tiles = triton.cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
+    tiles = cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
@@ -688,7 +689,7 @@ def backward(
         launch = choose_launch(name, key_dim, value_dim, k.dtype)
         tile = block_of(key_dim, launch.tile)
         for mild in (True, False):
-            kernel[(splits.num_pieces * heads * triton.cdiv(key_dim, tile),)](
+            kernel[(splits.num_pieces * heads * cdiv(key_dim, tile),)](
                 q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), scale, HEADS=heads,
                 K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
                 num_warps=launch.num_warps, num_stages=stages_of(launch.num_stages, tile, k.dtype),

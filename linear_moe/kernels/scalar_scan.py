@@ -27,6 +27,7 @@ from linear_moe.kernels.blocks import (
     HEAD_DECAY,
     NO_DECAY,
     block_of,
+    cdiv,
     chunk_sums,
     load_rows,
     num_processors,
@@ -225,7 +226,7 @@ def _scan(
     value_dim = v.shape[2]
     launch = choose_launch(key_dim, k.dtype)
     value_tile = block_of(value_dim, launch.value_tile)
-    tiles = triton.cdiv(value_dim, value_tile)
+    tiles = cdiv(value_dim, value_tile)
     overlap = None
     if other is not None:
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -283,7 +284,7 @@ def _joined(
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
     launch = choose_launch(k.shape[2], v.dtype)
-    tiles = triton.cdiv(v.shape[2], block_of(v.shape[2], launch.value_tile))
+    tiles = cdiv(v.shape[2], block_of(v.shape[2], launch.value_tile))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.kernels.blocks import cdiv
+
 SEGMENTS_BLOCK = 1024
 PIECES_BLOCK = 256
 WAVES = 2
@@ -155,7 +157,7 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int) -> Sp
     first, owner = cu_seqlens.new_empty(num_segments + 1), cu_seqlens.new_empty(count)
     borders = cu_seqlens.new_empty(4, count, 2)
     _first_kernel[(1,)](cu_seqlens, first, num_segments, length, BLOCK=SEGMENTS_BLOCK)
-    _cut_kernel[(triton.cdiv(count, PIECES_BLOCK),)](
+    _cut_kernel[(cdiv(count, PIECES_BLOCK),)](
         cu_seqlens,
         first,
         borders,
