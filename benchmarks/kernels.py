@@ -94,10 +94,11 @@ def draw(rule: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Inputs
 
 
 def borders(shape: Shape) -> Tensor | None:
-    """`cu_seqlens` of unequal segments, if the shape has them."""
+    """`cu_seqlens` of unequal segments, the same at every call, if the shape has them."""
     if shape.segments is None:
         return None
-    cuts = torch.sort(torch.randperm(shape.length - 1)[: shape.segments - 1] + 1).values
+    generator = torch.Generator().manual_seed(0)
+    cuts = torch.sort(torch.randperm(shape.length - 1, generator=generator)[: shape.segments - 1] + 1).values
     return torch.tensor([0, *cuts.tolist(), shape.length], device="cuda")
 
 
