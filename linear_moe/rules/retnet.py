@@ -18,9 +18,8 @@ from linear_moe.rules.transforms import rotary
 
 def retention_log_decay(num_heads: int, device: torch.device | None = None) -> Tensor:
     """log(1 - 2^(-5 - h)) of head h (2307.08621, eq. 8): `[H]` float32."""
-    heads = torch.arange(num_heads, device=device, dtype=torch.float64)
-    # In float64: 1 - 2^(-5 - h) rounds to 1 in float32 from h = 19 on.
-    return torch.log1p(-torch.exp2(-5.0 - heads)).float()
+    # log1p, not log: 1 - 2^(-5 - h) rounds to 1 in float32 from h = 19 on.
+    return torch.log1p(-torch.exp2(torch.arange(-5, -5 - num_heads, -1, device=device, dtype=torch.float32)))
 
 
 @register_rule("retnet")
