@@ -39,8 +39,9 @@ from linear_moe.kernels.blocks import (
 from linear_moe.kernels.join import join
 from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
 
-MILDEST = tl.constexpr(40.0)
-"""A chunk in which no channel fades by more than e^40 is multiplied out around its middle row: two exponentials a number."""
+MILDEST = tl.constexpr(60.0)
+"""A chunk in which no channel fades by more than e^60 is multiplied out around half of its fading: two exponentials a number,
+none above e^30."""
 MILDEST_EXACT = tl.constexpr(4.0)
 """The same where results are float32: an exponent's own rounding must stay below that of its exponential."""
 FADES_BLOCK = tl.constexpr(64)
@@ -69,7 +70,7 @@ def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype)
         return Launch(chunk=64 if largest <= 64 else 32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
     if kernel == "walk":
         return Launch(chunk=64, tile=64, num_warps=8 if largest > 128 else 4, num_stages=2)
-    return Launch(chunk=64, tile=64, num_warps=4 if kernel == "prepare" else 8, num_stages=1)
+    return Launch(chunk=64, tile=64, num_warps=4 if kernel == "prepare" or largest <= 64 else 8, num_stages=1)
 
 
 @triton.jit
@@ -85,11 +86,6 @@ def _fades_mildly(fades_ptr, first_chunk, num_chunks, head, HEADS: tl.constexpr,
     else:
         mild = worst < MILDEST
     return mild
-
-
-@triton.jit
-def _row(x, rows, index):
-    return tl.sum(tl.where((rows == index)[:, None], x, 0.0), 0)[None, :]
 
 
 @triton.jit
@@ -118,57 +114,50 @@ def _fade(difference):
 
 
 @triton.jit
-def _decayed_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
-                      LEVELS: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _around_middle(summed, total):
+    """Of a mild chunk, with m = G_C / 2: e^(G - m), e^(m - G), and e^m = e^(G_C - m). All its factors are products of these."""
+    middle = 0.5 * total
+    difference = (summed - middle[None, :]).to(tl.float32)
+    return tl.exp(difference), tl.exp(-difference), tl.exp(middle.to(tl.float32))[None, :]
+
+
+@triton.jit
+def _halved_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
+                     LEVELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """P for j < t, else 0, over some channels.
 
     A pair meets at the one level of halving at which its rows lie in different halves of a block; both refer to the later
-    half's first row, so that no exponent is positive. A chunk that fades mildly has one level.
+    half's first row, so that no exponent is positive.
     """
     rows = tl.arange(0, CHUNK)
-    later, earlier = rows[:, None], rows[None, :]
-    if MILD:
-        difference = (summed - _row(summed, rows, CHUNK // 2)).to(tl.float32)
-        reads = (q * tl.exp(difference)).to(OPERAND)
-        writes = (k * tl.exp(-difference)).to(OPERAND)
-        products = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
-        products = tl.where(later > earlier, products, 0.0)
-    else:
-        products = tl.zeros((CHUNK, CHUNK), tl.float32)
-        for level in tl.static_range(LEVELS):
-            reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
-            reads = (q * _fade(summed - reference)).to(OPERAND)
-            writes = (k * _fade(reference - summed)).to(OPERAND)
-            met = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
-            products += tl.where(_crosses(later, earlier, 1 << level), met, 0.0)
+    products = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for level in tl.static_range(LEVELS):
+        reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
+        reads = (q * _fade(summed - reference)).to(OPERAND)
+        writes = (k * _fade(reference - summed)).to(OPERAND)
+        met = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
+        products += tl.where(_crosses(rows[:, None], rows[None, :], 1 << level), met, 0.0)
     return products
 
 
 @triton.jit
-def _decayed_sum(weights, x, summed, REVERSE: tl.constexpr, OPERAND: tl.constexpr, CHUNK: tl.constexpr,
-                 CHANNELS: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """sum_j weights_tj x_j e^(G_t - G_j) over j < t a channel, as `_decayed_products`; REVERSE: over j > t, e^(G_j - G_t)."""
+def _halved_sum(weights, x, summed, REVERSE: tl.constexpr, OPERAND: tl.constexpr, CHUNK: tl.constexpr,
+                CHANNELS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """sum_j weights_tj x_j e^(G_t - G_j) over j < t a channel, as `_halved_products`; REVERSE: over j > t, e^(G_j - G_t)."""
     rows = tl.arange(0, CHUNK)
     if REVERSE:
         later, earlier = rows[None, :], rows[:, None]
     else:
         later, earlier = rows[:, None], rows[None, :]
-    if MILD:
-        difference = (summed - _row(summed, rows, CHUNK // 2)).to(tl.float32)
+    result = tl.zeros((CHUNK, CHANNELS), tl.float32)
+    for level in tl.static_range(LEVELS):
+        reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
+        to_later, from_earlier = _fade(summed - reference), _fade(reference - summed)
+        near = tl.where(_crosses(later, earlier, 1 << level), weights, 0.0).to(OPERAND)
         if REVERSE:
-            difference = -difference
-        near = tl.where(later > earlier, weights, 0.0).to(OPERAND)
-        result = tl.dot(near, (x * tl.exp(-difference)).to(OPERAND), input_precision=PRECISION) * tl.exp(difference)
-    else:
-        result = tl.zeros((CHUNK, CHANNELS), tl.float32)
-        for level in tl.static_range(LEVELS):
-            reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
-            to_later, from_earlier = _fade(summed - reference), _fade(reference - summed)
-            near = tl.where(_crosses(later, earlier, 1 << level), weights, 0.0).to(OPERAND)
-            if REVERSE:
-                result += from_earlier * tl.dot(near, (x * to_later).to(OPERAND), input_precision=PRECISION)
-            else:
-                result += to_later * tl.dot(near, (x * from_earlier).to(OPERAND), input_precision=PRECISION)
+            result += from_earlier * tl.dot(near, (x * to_later).to(OPERAND), input_precision=PRECISION)
+        else:
+            result += to_later * tl.dot(near, (x * from_earlier).to(OPERAND), input_precision=PRECISION)
     return result
 
 
@@ -231,11 +220,19 @@ def _prepare_kernel(
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         summed, total = _sums(decay_ptr, start, head, HEADS, K, rows, keys, valid, EXACT)
-        store_rows(reads_ptr, q * _fade(summed), start, head, HEADS, K, rows, keys, valid)
-        store_rows(writes_ptr, k * _fade(total[None, :] - summed), start, head, HEADS, K, rows, keys, valid)
+        if MILD:
+            up, down, half = _around_middle(summed, total)
+            q_up, k_down = q * up, k * down
+            reads, writes = q_up * half, k_down * half
+            met = tl.dot(q_up.to(OPERAND), tl.trans(k_down.to(OPERAND)), input_precision=PRECISION)
+            products += tl.where(rows[:, None] > rows[None, :], met, 0.0)
+        else:
+            reads, writes = q * _fade(summed), k * _fade(total[None, :] - summed)
+            products += _halved_products(q, k, summed, OPERAND, CHUNK, TILE, LEVELS, PRECISION)
+        store_rows(reads_ptr, reads, start, head, HEADS, K, rows, keys, valid)
+        store_rows(writes_ptr, writes, start, head, HEADS, K, rows, keys, valid)
         tl.store(totals_ptr + (chunk * HEADS + head) * K + keys, total.to(tl.float32), mask=keys < K)
         own += tl.sum(q * k, 1)
-        products += _decayed_products(q, k, summed, OPERAND, CHUNK, TILE, LEVELS, MILD, PRECISION)
     products = tl.where(rows[:, None] == rows[None, :], own[:, None], products)
     store_rows(products_ptr, products, start, head, HEADS, CHUNK, rows, rows, valid)
 
@@ -373,12 +370,21 @@ def _keys_kernel(
         summed, total = _sums(decay_ptr, first, head, HEADS, K, rows, keys, valid, EXACT)
         pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
-        dk = tl.dot(v, state.to(dtype), input_precision=PRECISION) * _fade(total[None, :] - summed)
-        dk += _decayed_sum(pairs, q, summed, True, OPERAND, CHUNK, TILE, LEVELS, MILD, PRECISION)
+        if MILD:
+            up, down, half = _around_middle(summed, total)
+            near = tl.where(rows[:, None] < rows[None, :], pairs, 0.0).to(OPERAND)
+            asked = (q * up).to(OPERAND)
+            state *= half
+            dk = tl.dot(v.to(OPERAND), state.to(OPERAND), input_precision=PRECISION)
+            dk = down * tl.dot(near, asked, acc=dk, input_precision=PRECISION)
+            state = half * tl.dot(tl.trans(do).to(OPERAND), asked, acc=state, input_precision=PRECISION)
+        else:
+            dk = tl.dot(v, state.to(dtype), input_precision=PRECISION) * _fade(total[None, :] - summed)
+            dk += _halved_sum(pairs, q, summed, True, OPERAND, CHUNK, TILE, LEVELS, PRECISION)
+            state *= tl.exp(total.to(tl.float32))[None, :]
+            state = tl.dot(tl.trans(do), (q * _fade(summed)).to(dtype), acc=state, input_precision=PRECISION)
         store_rows(written_ptr, k * dk, first, head, HEADS, K, rows, keys, valid)
         store_rows(dk_ptr, dk + own[:, None] * q, first, head, HEADS, K, rows, keys, valid)
-        state *= tl.exp(total.to(tl.float32))[None, :]
-        state = tl.dot(tl.trans(do), (q * _fade(summed)).to(dtype), acc=state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -444,8 +450,20 @@ def _queries_kernel(
         summed, total = _sums(decay_ptr, first, head, HEADS, K, rows, keys, valid, EXACT)
         pairs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
-        dq = tl.dot(do, state.to(dtype), input_precision=PRECISION) * _fade(summed)
-        dq += _decayed_sum(pairs, k, summed, False, OPERAND, CHUNK, TILE, LEVELS, MILD, PRECISION)
+        if MILD:
+            up, down, half = _around_middle(summed, total)
+            near = tl.where(rows[:, None] > rows[None, :], pairs, 0.0).to(OPERAND)
+            kept = (k * down).to(OPERAND)
+            state *= half
+            dq = tl.dot(do.to(OPERAND), state.to(OPERAND), input_precision=PRECISION)
+            dq = up * tl.dot(near, kept, acc=dq, input_precision=PRECISION)
+            state = half * tl.dot(tl.trans(v).to(OPERAND), kept, acc=state, input_precision=PRECISION)
+        else:
+            dq = tl.dot(do, state.to(dtype), input_precision=PRECISION) * _fade(summed)
+            dq += _halved_sum(pairs, k, summed, False, OPERAND, CHUNK, TILE, LEVELS, PRECISION)
+            state *= tl.exp(total.to(tl.float32))[None, :]
+            keep = (k * _fade(total[None, :] - summed)).to(dtype)
+            state = tl.dot(tl.trans(v), keep, acc=state, input_precision=PRECISION)
         dq *= scale
         written = load_rows(written_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
         change = (written - q * dq).to(SUM_DTYPE)
@@ -454,9 +472,6 @@ def _queries_kernel(
         )
         crossing += tl.sum(change, 0)
         store_rows(dq_ptr, dq + (scale * own)[:, None] * k, first, head, HEADS, K, rows, keys, valid)
-        state *= tl.exp(total.to(tl.float32))[None, :]
-        keep = (k * _fade(total[None, :] - summed)).to(dtype)
-        state = tl.dot(tl.trans(v), keep, acc=state, input_precision=PRECISION)
 
 
 class _Prepared(NamedTuple):
