@@ -1,0 +1,239 @@
+"""Drawn inputs of a scan, and the kernels' outputs and gradients beside the chunked form's.
+
+On a machine without a GPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is for Linux")
+
+from linear_moe.forms import Decay, Erase, Recurrence
+from linear_moe.kernels import gated_deltanet, gla, library, scalar_scan
+from linear_moe.kernels.splits import Ragged
+from linear_moe.rules.base import Tokens
+from linear_moe.rules.scan import scan
+from linear_moe.testing.budget import assert_within_budget
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+"""The interpreter is numpy, which has no bfloat16; float16 takes every branch that bfloat16 takes but one operand's dtype."""
+
+SCALAR_FORMS = [Recurrence(Decay.NONE), Recurrence(Decay.HEAD), Recurrence(Decay.SCALAR)]
+DELTA_FORMS = [Recurrence(Decay.NONE, Erase.DELTA), Recurrence(Decay.SCALAR, Erase.DELTA)]
+VECTOR_FORMS = [Recurrence(Decay.VECTOR)]
+FORMS = SCALAR_FORMS + DELTA_FORMS + VECTOR_FORMS
+
+assert DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", (
+    "tests/conftest.py sets it before triton is imported"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of `library.scan`, but for the numbers."""
+
+    form: Recurrence
+    lengths: tuple[int, ...]
+    heads: int = 1
+    key_heads: int = 1
+    K: int = 16
+    V: int = 16
+    rate: float = 1.0
+    """Log decays are drawn from [-rate, 0]."""
+    spare: int = 0
+    """Tokens behind the last segment."""
+    dense: bool = False
+    """Whether to say that there is none."""
+    tight: bool = False
+    """Whether the bound on the lengths is the longest, or every token."""
+    initial: bool = True
+    final: bool = True
+    """Whether to ask for the final state."""
+    used: tuple[str, ...] = ("output", "final_state")
+    """What the loss sees."""
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def num_tokens(self) -> int:
+        """S"""
+        return sum(self.lengths) + self.spare
+
+    @property
+    def max_length(self) -> int:
+        """As the kernels are told."""
+        return max(self.lengths) if self.tight else self.num_tokens
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """`[N + 1]`"""
+        return torch.tensor([0, *self.lengths]).cumsum(0).to(DEVICE)
+
+
+Results = tuple[Tensor, Tensor | None]
+Run = Callable[[Case, Mapping[str, Tensor]], Results]
+
+
+def module_of(form: Recurrence) -> ModuleType:
+    """Whose kernels run a form."""
+    if form.erase is Erase.DELTA:
+        return gated_deltanet
+    return gla if form.decay is Decay.VECTOR else scalar_scan
+
+
+def piece_length(case: Case) -> int | None:
+    """Tokens of a piece where the case's segments are split, else None."""
+    k, v = torch.empty(case.num_tokens, 1, case.K), torch.empty(case.num_tokens, case.heads, case.V)
+    ragged = Ragged(case.cu_seqlens, case.max_length, case.dense)
+    return module_of(case.form).piece_length(k.to(case.dtype), v.to(case.dtype), ragged)
+
+
+def draw(case: Case) -> dict[str, Tensor]:
+    """Inputs in the case's dtype, gates and state in float32."""
+    S, decay = case.num_tokens, case.form.decay
+    with torch.device(DEVICE):
+        inputs = {
+            "q": torch.randn(S, case.key_heads, case.K),
+            "k": torch.randn(S, case.key_heads, case.K),
+            "v": torch.randn(S, case.heads, case.V),
+        }
+        if decay is Decay.HEAD:
+            inputs["log_decay"] = -case.rate * torch.rand(case.heads)
+        elif decay is not Decay.NONE:
+            last = (case.K,) if decay is Decay.VECTOR else ()
+            inputs["log_decay"] = -case.rate * torch.rand(S, case.heads, *last)
+        if case.form.erase is Erase.DELTA:
+            # Keys have length 1, or the state would grow without bound.
+            inputs["k"] = F.normalize(inputs["k"], dim=-1)
+            beta = 2 * torch.rand(S, case.heads)
+            # What is written at strength 0, 1 and 2 is nothing, all and a reflection, exactly.
+            exact = torch.randint(0, 6, beta.shape)
+            inputs["beta"] = torch.where(exact < 3, exact.to(beta.dtype), beta)
+        if case.initial:
+            inputs["initial_state"] = torch.randn(len(case.lengths), case.heads, case.K, case.V)
+    return {name: x.to(case.dtype) if name in "qkv" else x for name, x in inputs.items()}
+
+
+def kernels(case: Case, tensors: Mapping[str, Tensor]) -> Results:
+    """The kernels."""
+    given = {"log_decay": None, "beta": None, "initial_state": None} | dict(tensors)
+    return library.scan(
+        **given, decay=case.form.decay, scale=case.K**-0.5, cu_seqlens=case.cu_seqlens, max_length=case.max_length,
+        dense=case.dense, return_final_state=case.final,
+    )  # fmt: skip
+
+
+def chunked(case: Case, tensors: Mapping[str, Tensor]) -> Results:
+    """The chunked form."""
+    tokens = Tokens(**{name: x if x.dim() == 1 else x[None] for name, x in tensors.items() if name != "initial_state"})
+    result = scan(
+        tokens, form=case.form, step=lambda state, token: (state, token.v), scale=case.K**-0.5,
+        initial_state=tensors.get("initial_state"), cu_seqlens=case.cu_seqlens, return_final_state=case.final,
+        impl="chunked",
+    )  # fmt: skip
+    return result.output[0], result.final_state
+
+
+def results(
+    run: Run,
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    seed_of_spare: float | None = None,
+) -> dict[str, Tensor]:
+    """What `run` makes of the inputs in `dtype` (the case's unless given), and its gradients, `d_` before their names.
+
+    The same loss every time; `seed_of_spare` is its gradient at the output's rows that are in no segment, drawn unless given.
+    """
+    dtype = dtype or case.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = {name: x.detach().to(dtype if name in "qkv" else wide) for name, x in inputs.items()}
+    wanted = {
+        name: x.requires_grad_()
+        for name, x in tensors.items()
+        if name != "log_decay" or case.form.decay is not Decay.HEAD
+    }
+    output, final_state = run(case, tensors)
+    made = {"output": output} | ({} if final_state is None else {"final_state": final_state})
+    # Without a token the output depends on nothing.
+    used = [name for name in case.used if name in made and made[name].requires_grad]
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    seeds = {
+        name: torch.randn(made[name].shape, generator=generator, device=DEVICE).to(case.dtype).to(made[name].dtype)
+        for name in used
+    }
+    if seed_of_spare is not None:
+        seeds["output"][case.num_tokens - case.spare :] = seed_of_spare
+    gradients = torch.autograd.grad(
+        [made[name] for name in used], list(wanted.values()), list(seeds.values()), allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    return {name: x.detach() for name, x in made.items()} | dict(
+        zip([f"d_{name}" for name in wanted], gradients, strict=True)
+    )
+
+
+Terms = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def check(case: Case, inputs: Mapping[str, Tensor] | None = None, terms: Terms | None = None) -> None:
+    """The kernels' outputs and gradients are within the error budget.
+
+    `terms` tells of float64 results what larger numbers they are differences of, where they are.
+    """
+    inputs = draw(case) if inputs is None else inputs
+    candidate = results(kernels, case, inputs)
+    reference, exact = results(chunked, case, inputs), results(chunked, case, inputs, torch.float64)
+    assert_within_budget(candidate, reference, exact, case.dtype, None if terms is None else terms(exact))
+
+
+def num_examples(dtype: torch.dtype) -> int:
+    """Of drawn cases: few where a program takes milliseconds."""
+    return 30 if DEVICE == "cuda" else 5 if dtype == torch.float32 else 3
+
+
+@st.composite
+def cases(draw: st.DrawFn, form: Recurrence, dtype: torch.dtype) -> Case:
+    """Ragged lengths, odd sizes, grouped heads, gentle and hard decays, with and without states."""
+    on_cpu = DEVICE == "cpu"
+    heads, key_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    spare = draw(st.sampled_from([0, 0, 1, 5]))
+    return Case(
+        form,
+        tuple(draw(st.lists(st.integers(0, 40 if on_cpu else 500), min_size=1, max_size=3))),
+        heads,
+        key_heads,
+        # Narrow keys are parallel keys, which the delta rules' tests have of their own.
+        K=draw(st.integers(16 if form.erase is Erase.DELTA else 1, 36 if on_cpu else 256)),
+        V=draw(st.integers(1, 36 if on_cpu else 256)),
+        # float16 has not the range: what has faded by e^-11 keeps few of its bits, by e^-17 none.
+        rate=draw(st.sampled_from([0.0, 0.05, 1.0] if dtype == torch.float16 else [0.0, 0.05, 1.0, 13.8])),
+        spare=spare,
+        dense=spare == 0 and draw(st.booleans()),
+        tight=draw(st.booleans()),
+        initial=draw(st.booleans()),
+        final=draw(st.booleans()),
+        dtype=dtype,
+    )
+
+
+def check_drawn(form: Recurrence, dtype: torch.dtype) -> None:
+    """Drawn cases are within the budget."""
+
+    @settings(max_examples=num_examples(dtype))
+    @given(cases(form, dtype))
+    def holds(case: Case) -> None:
+        check(case)
+
+    holds()

@@ -1,0 +1,161 @@
+"""What holds for every form's kernels, whatever the numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, check, draw, kernels, module_of, piece_length, results
+from torch import Tensor
+
+from linear_moe.forms import Decay, Recurrence
+from linear_moe.kernels import blocks, decay_gradient, gated_deltanet, gla, join, scalar_scan
+
+KERNEL_MODULES = (blocks, decay_gradient, gated_deltanet, gla, join, scalar_scan)
+Patch = pytest.MonkeyPatch
+Law = Callable[[Recurrence, Patch], None]
+
+
+def use_processors(patch: Patch, form: Recurrence, count: int) -> None:
+    """Split as on a GPU of so many multiprocessors."""
+    patch.setattr(module_of(form), "num_processors", lambda device: count)
+
+
+def ragged(form: Recurrence, **changes: Any) -> Case:
+    """Segments of no token, of less than a chunk and of more, and tokens in none."""
+    return replace(Case(form, (20, 0, 40, 1), 2, 1, K=7, V=10, spare=3), **changes)
+
+
+def long_enough_to_split(form: Recurrence, patch: Patch) -> Case:
+    """A case of which one segment is cut into several pieces."""
+    use_processors(patch, form, 8)
+    longest = 200 if form.decay is Decay.VECTOR else 104
+    case = Case(form, (0, longest, 1), K=8, V=12, spare=2, rate=0.2)
+    length = piece_length(case)
+    assert length is not None and length < longest, "the case was meant to be split"
+    return case
+
+
+@functools.cache
+def clean(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and what comes of them. Of one case the splits are always the same."""
+    inputs = draw(case)
+    return inputs, results(kernels, case, inputs)
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def splits_change_nothing(form: Recurrence, patch: Patch) -> None:
+    case = long_enough_to_split(form, patch)
+    check(case)
+    check(replace(case, heads=2, initial=False, final=False, tight=True))
+
+
+def either_result_alone(form: Recurrence, patch: Patch) -> None:
+    """A loss of only the output or only the final state."""
+    for name in ("output", "final_state"):
+        check(ragged(form, lengths=(20, 0, 37), heads=1, used=(name,)))
+
+
+def same_bits_twice(form: Recurrence, patch: Patch) -> None:
+    for case in (ragged(form), long_enough_to_split(form, patch)):
+        inputs, once = clean(case)
+        assert_same_bits(once, results(kernels, case, inputs))
+
+
+def strides_change_nothing(form: Recurrence, patch: Patch) -> None:
+    case = ragged(form)
+    inputs, together = clean(case)
+    apart = {name: torch.stack([x, x], -1)[..., 0] for name, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in apart.values())
+    assert_same_bits(together, results(kernels, case, apart))
+
+
+def spare_tokens_are_not_read(form: Recurrence, patch: Patch) -> None:
+    """Nor are their outputs' gradients. What is made for them is 0."""
+    for case in (ragged(form), long_enough_to_split(form, patch)):
+        inputs, expected = clean(case)
+        spare = slice(case.num_tokens - case.spare, None)
+        inputs = {name: x.clone() for name, x in inputs.items()}
+        for name, x in inputs.items():
+            if name != "initial_state" and x.dim() > 1:
+                x[spare] = torch.nan
+        poisoned = results(kernels, case, inputs, seed_of_spare=torch.nan)
+        assert_same_bits(expected, poisoned)
+        for name, x in poisoned.items():
+            if x.shape[0] == case.num_tokens:
+                assert not x[spare].any(), name
+
+
+@contextmanager
+def poisoned_memory(patch: Patch) -> Iterator[None]:
+    """New tensors hold NaN; of integers, 1: a wrong place, but in bounds."""
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(torch.nan if x.is_floating_point() else 1)
+
+    def new_empty(self: Tensor, *arguments: Any, _new_empty: Any = Tensor.new_empty, **keywords: Any) -> Tensor:
+        return poisoned(_new_empty(self, *arguments, **keywords))
+
+    made = {
+        "empty": lambda *arguments, **keywords: poisoned(torch.empty(*arguments, **keywords)),
+        "empty_like": lambda *arguments, **keywords: poisoned(torch.empty_like(*arguments, **keywords)),
+    }
+    everything = SimpleNamespace(**{**vars(torch), **made})
+    with patch.context() as inside:
+        for module in KERNEL_MODULES:
+            if hasattr(module, "torch"):
+                inside.setattr(module, "torch", everything)
+        inside.setattr(Tensor, "new_empty", new_empty)
+        yield
+
+
+def memory_is_written_before_it_is_read(form: Recurrence, patch: Patch) -> None:
+    for case in (ragged(form), ragged(form, heads=1, initial=False), long_enough_to_split(form, patch)):
+        inputs, expected = clean(case)
+        with poisoned_memory(patch):
+            assert_same_bits(expected, results(kernels, case, inputs))
+
+
+def a_nan_stays_in_its_segment(form: Recurrence, patch: Patch) -> None:
+    split = long_enough_to_split(form, patch)
+    for case, ill in ((ragged(form), 2), (split, 1), (split, 2)):
+        inputs, expected = clean(case)
+        borders = case.cu_seqlens.tolist()
+        token = (borders[ill] + borders[ill + 1]) // 2
+        inputs = {name: x.clone() for name, x in inputs.items()}
+        for name, x in inputs.items():
+            if name == "initial_state":
+                x[ill] = torch.nan
+            elif x.dim() > 1:
+                x[token] = torch.nan
+        poisoned = results(kernels, case, inputs)
+        assert poisoned["output"][token].isnan().any()
+        for name, x in poisoned.items():
+            here = slice(borders[ill], borders[ill + 1]) if x.shape[0] == case.num_tokens else slice(ill, ill + 1)
+            others = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            others[here] = False
+            assert x[others].isfinite().all(), name
+            assert torch.equal(x[others], expected[name][others]), name
+
+
+LAWS: list[Law] = [
+    splits_change_nothing,
+    either_result_alone,
+    same_bits_twice,
+    strides_change_nothing,
+    spare_tokens_are_not_read,
+    memory_is_written_before_it_is_read,
+    a_nan_stays_in_its_segment,
+]
+every_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

@@ -1,0 +1,85 @@
+"""Kernels with a bug put in, each in a module of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+from cases import DEVICE, Case, check
+
+from linear_moe.kernels import library
+
+in_the_interpreter = pytest.mark.skipif(
+    DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
+)
+_numbers = itertools.count()
+
+
+class Bug(NamedTuple):
+    """A text of a module replaced."""
+
+    module: ModuleType
+    """Whose text: the kernels', or that of a module whose functions they use."""
+    right: str
+    wrong: str
+    count: int = 1
+    """How often the text stands there."""
+
+
+def _load(module: ModuleType, folder: Path, change: Callable[[str], str]) -> ModuleType:
+    """A copy of a module with its source changed."""
+    assert module.__file__ is not None
+    name = f"seeded_{module.__name__.rpartition('.')[2]}_{next(_numbers)}"
+    # A file of its own: triton reads a kernel's source from it.
+    file = folder / f"{name}.py"
+    file.write_text(change(Path(module.__file__).read_text(encoding="utf-8")), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
+    try:
+        spec.loader.exec_module(copy)
+    finally:
+        del sys.modules[name]
+    return copy
+
+
+def seed(kernels: ModuleType, bug: Bug | None, folder: Path) -> ModuleType:
+    """A copy of `kernels` that has the bug, or, without one, none."""
+
+    def change(source: str) -> str:
+        if bug is None:
+            return source
+        assert source.count(bug.right) == bug.count, bug.right
+        return source.replace(bug.right, bug.wrong)
+
+    if bug is None or bug.module is kernels:
+        return _load(kernels, folder, change)
+    used, copy = _load(bug.module, folder, change), _load(kernels, folder, lambda source: source)
+    names = [name for name, x in vars(bug.module).items() if callable(x) and vars(copy).get(name) is x]
+    assert names, "the kernels use nothing of that module"
+    for name in names:
+        setattr(copy, name, getattr(used, name))
+    return copy
+
+
+def assert_caught(kernels: ModuleType, bug: Bug | None, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """The error budget is exceeded by the kernels with the bug; without one the copy keeps it."""
+    copy = seed(kernels, bug, folder)
+    patch.setattr(copy, "num_processors", lambda device: 8)
+    patch.setattr(library, kernels.__name__.rpartition(".")[2], copy)
+    if bug is None:
+        check(case)
+        return
+    # numpy, which the interpreter is, warns of numbers that a bug makes overflow.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(AssertionError, match="over the error budget"):
+            check(case)

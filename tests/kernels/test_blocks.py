@@ -1,0 +1,115 @@
+"""What the kernels share, each part by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from cases import DEVICE
+from torch import Tensor
+
+from linear_moe.kernels.blocks import chunk_sums, zero_uncovered
+from linear_moe.kernels.decay_gradient import decay_gradient
+from linear_moe.kernels.gated_deltanet import _unit_lower_inverse
+from linear_moe.kernels.splits import cut, whole
+from linear_moe.testing.budget import assert_within_budget
+
+
+def borders_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+
+
+@triton.jit
+def _inverse_kernel(lower_ptr, inverse_ptr, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    rows = tl.arange(0, SIZE)
+    at = rows[:, None] * SIZE + rows[None, :]
+    tl.store(inverse_ptr + at, _unit_lower_inverse(tl.load(lower_ptr + at), SIZE, LEVELS, PRECISION))
+
+
+def overlaps(size: int, apart: float) -> Tensor:
+    """<k_t, k_j> of keys that are `apart`."""
+    k = F.normalize(torch.randn(16) + apart * torch.randn(size, 16), dim=-1)
+    return k @ k.T
+
+
+LOWERS = {
+    "nothing": lambda size: torch.zeros(size, size),
+    "keys of no pattern, written at strengths up to 2": lambda size: 2 * torch.rand(size, 1) * overlaps(size, 100.0),
+    "keys nearly parallel": lambda size: overlaps(size, 0.01),
+    "one key": lambda size: torch.ones(size, size),
+    "one key, reflected": lambda size: torch.full((size, size), 2.0),
+    "keys nearly parallel, reflected": lambda size: 2 * overlaps(size, 0.01),
+}
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("kind", LOWERS)
+def test_the_inverse_of_a_unit_lower_triangle(kind: str, size: int) -> None:
+    lower = LOWERS[kind](size).tril(-1).to(DEVICE)
+    inverse = torch.full_like(lower, torch.nan)
+    _inverse_kernel[(1,)](lower, inverse, SIZE=size, LEVELS=size.bit_length() - 1, PRECISION="ieee")
+
+    def solved(x: Tensor) -> Tensor:
+        identity = torch.eye(size, dtype=x.dtype, device=x.device)
+        return torch.linalg.solve_triangular(identity + x, identity, upper=False, unitriangular=True)
+
+    assert_within_budget({"inverse": inverse}, {"inverse": solved(lower)}, {"inverse": solved(lower.double())})
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("heads", [1, 3, 20])
+def test_decays_are_summed_along_every_chunk(heads: int, exact: bool) -> None:
+    lengths, spare, chunk = [37, 0, 16, 1], 5, 16
+    log_decay = -torch.rand(sum(lengths) + spare, heads).to(DEVICE)
+    borders = borders_of(lengths)
+    sums = chunk_sums(log_decay, cut(borders, len(log_decay), chunk, max(lengths)).borders, chunk, exact=exact)
+    assert sums.dtype == (torch.float64 if exact else torch.float32)
+
+    def expected(x: Tensor) -> Tensor:
+        parts = [part.cumsum(0) for segment in x.split([*lengths, spare])[:-1] for part in segment.split(chunk)]
+        return torch.cat(parts).T
+
+    assert_within_budget(
+        {"sums": sums[:, : sum(lengths)]}, {"sums": expected(log_decay)}, {"sums": expected(log_decay.double())}
+    )
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (5, 120)])
+@pytest.mark.parametrize("lengths", [[0], [3, 64, 1], [0, 70, 60], [63, 1, 64, 2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_past_the_last_border_become_0(dtype: torch.dtype, lengths: list[int], shape: tuple[int, ...]) -> None:
+    covered = sum(lengths)
+    for spare in (0, 1, 65):
+        # A row more than the tensor has: nothing past it is written.
+        memory = torch.randn(covered + spare + 1, *shape).to(DEVICE, dtype)
+        expected = memory.clone()
+        expected[covered:-1] = 0
+        zero_uncovered(memory[:-1], borders_of(lengths))
+        assert torch.equal(memory, expected)
+
+
+def test_nothing_to_set_to_0() -> None:
+    empty = torch.empty(0, 3, device=DEVICE)
+    assert zero_uncovered(empty, borders_of([0, 0])) is empty
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("tiles", [(1, 1), (3, 2)])
+def test_the_decay_gradient_is_what_crosses_a_token(tiles: tuple[int, int], started: bool) -> None:
+    """<S_0, dS_0>, plus what earlier tokens wrote for later ones less what they read, piece by piece."""
+    lengths, heads, spare = [1500, 0, 3, 1025], 2, 4
+    total, borders = sum(lengths) + spare, borders_of(lengths)
+    read, written = (torch.randn(count, heads, total).to(DEVICE) for count in tiles)
+    at_start = torch.randn(len(lengths), heads).to(DEVICE) if started else None
+    gradient = decay_gradient(read, written, at_start, whole(borders).borders)
+    change = (written.double().sum(0) - read.double().sum(0)).split([*lengths, spare], 1)
+    starts = torch.zeros(len(lengths), heads, device=DEVICE) if at_start is None else at_start
+    exact = torch.cat(
+        [start.double()[:, None] + part.cumsum(1) - part for start, part in zip(starts, change[:-1], strict=True)]
+        + [torch.zeros_like(change[-1])],
+        1,
+    )
+    assert_within_budget({"gradient": gradient}, {"gradient": exact.float()}, {"gradient": exact})
+    assert not gradient[:, sum(lengths) :].any()

@@ -1,0 +1,144 @@
+"""The delta rules' kernels against the chunked form in float64, and the bugs that this must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DELTA_FORMS, DEVICE, DTYPES, Case, check, check_drawn, draw
+from scan_laws import Law, every_law
+from seeding import Bug, assert_caught, in_the_interpreter
+from torch import Tensor
+
+from linear_moe.forms import Decay, Erase, Recurrence
+from linear_moe.kernels import blocks, decay_gradient, gated_deltanet, join
+
+every_form = pytest.mark.parametrize("form", DELTA_FORMS, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@every_form
+@every_dtype
+def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype) -> None:
+    check_drawn(form, dtype)
+
+
+@every_form
+@every_law
+def test_it_holds(law: Law, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
+    law(form, monkeypatch)
+
+
+def check_telescoping(case: Case, inputs: dict[str, Tensor]) -> None:
+    """The budget where each write takes back the last one.
+
+    Sums along a chunk then telescope: of up to C terms of a result's own size, each rounded, one is left, and their roundings
+    add up as a random walk does. The recurrence, and the chunked form with its chunks of K / 2 tokens, forget them sooner. Of a
+    state even less is left: it is a difference of writes k u^T, its gradient one of k dv^T, and k has length 1.
+    """
+
+    def terms(exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        roundings = gated_deltanet.choose_launch("forward", case.K, case.V, case.dtype).chunk ** 0.5
+        beside = {"final_state": inputs["v"].double(), "d_initial_state": exact["d_v"]}
+        return {name: roundings * torch.cat((x.flatten(), beside.get(name, x).flatten())) for name, x in exact.items()}
+
+    check(case, inputs, terms)
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("apart", [0.0, 0.01, 0.3])
+def test_keys_nearly_parallel(form: Recurrence, dtype: torch.dtype, apart: float) -> None:
+    """At full strength: powers of the pairs' triangle would grow as binomials do."""
+    case = Case(form, (70, 5), K=16, V=8, rate=0.05, dtype=dtype)
+    inputs = draw(case)
+    k = F.normalize(torch.randn(case.K) + apart * torch.randn(case.num_tokens, 1, case.K), dim=-1)
+    check_telescoping(case, inputs | {"k": k.to(DEVICE, dtype), "beta": torch.ones_like(inputs["beta"])})
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_narrow_keys(form: Recurrence, dtype: torch.dtype, K: int) -> None:
+    case = Case(form, (40, 3), K=K, V=9, dtype=dtype)
+    check_telescoping(case, draw(case))
+
+
+WHOLE = Case(Recurrence(Decay.SCALAR, Erase.DELTA), (34, 3), K=10, V=6, spare=4)
+CUT = replace(WHOLE, lengths=(2, 105), rate=0.1)
+# As many segments as heads: what swapped strides hit is allocated.
+HEADS = replace(WHOLE, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
+CLEAN = {"whole": WHOLE, "cut": CUT, "heads": HEADS}
+
+ROW = "tl.minimum(rows, num_rows - 1)"
+OF_QUERIES = "state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)"
+OF_ERASES = "state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_precision=PRECISION)"
+BUGS = {
+    "a mask dropped": (
+        WHOLE,
+        Bug(gated_deltanet, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=4),
+    ),
+    "a causal mask of erases dropped": (
+        WHOLE,
+        Bug(gated_deltanet, "rows[:, None] > rows[None, :], overlaps", "True, overlaps"),
+    ),
+    "a causal mask of reads dropped": (WHOLE, Bug(gated_deltanet, "tl.where(seen, reads, 0.0)", "reads")),
+    "a causal mask of gradients dropped": (
+        WHOLE,
+        Bug(gated_deltanet, "tl.where(earlier, weights * reads, 0.0)", "weights * reads"),
+    ),
+    "key heads taken in turn": (HEADS, Bug(gated_deltanet, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=5)),
+    "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
+    "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
+    "pairs not transposed backwards": (
+        WHOLE,
+        Bug(gated_deltanet, "later_reads = load_columns(", "later_reads = load_rows(", count=2),
+    ),
+    "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
+    "the state does not fade": (
+        WHOLE,
+        Bug(gated_deltanet, "state *= tl.exp(total.to(tl.float32))", "state *= 1.0", count=4),
+    ),
+    "the state is not added to": (WHOLE, Bug(gated_deltanet, "written.to(dtype), acc=state,", "written.to(dtype),")),
+    "what reads forgotten in the state's gradient": (WHOLE, Bug(gated_deltanet, OF_QUERIES, "pass")),
+    "what erases forgotten in the state's gradient": (WHOLE, Bug(gated_deltanet, OF_ERASES, "pass")),
+    "beta forgotten in the write": (WHOLE, Bug(gated_deltanet, "written = beta * wrong", "written = wrong")),
+    "beta forgotten in the erase": (WHOLE, Bug(gated_deltanet, "(-beta * wrong)", "(-wrong)")),
+    "beta forgotten in the chunk's inverse": (WHOLE, Bug(gated_deltanet, "overlaps * beta[:, None]", "overlaps")),
+    "beta forgotten in the values' gradient": (WHOLE, Bug(gated_deltanet, "dv = beta * d_write", "dv = d_write")),
+    "the inverse one level short": (
+        WHOLE,
+        Bug(gated_deltanet, "tl.static_range(1, LEVELS)", "tl.static_range(1, LEVELS - 1)"),
+    ),
+    "a split's carry lost": (
+        CUT,
+        Bug(join, "state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)", "pass"),
+    ),
+    "splits joined backwards as forwards": (
+        CUT,
+        Bug(join, "(count - 1 - step if REVERSE else step)) * HEADS", "step) * HEADS"),
+    ),
+    "a transition not transposed backwards": (CUT, Bug(gated_deltanet, "kept.transitions.mT", "kept.transitions")),
+    "the decay's gradient one token late": (
+        WHOLE,
+        Bug(decay_gradient, "tl.cumsum(amount, 0) - amount", "tl.cumsum(amount, 0)"),
+    ),
+    "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.load", "tl.load")),
+}
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seeded = BUGS[bug]
+    assert_caught(gated_deltanet, seeded, case, tmp_path, monkeypatch)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("case", CLEAN.values(), ids=CLEAN)
+def test_a_copy_without_a_bug_keeps_the_budget(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_caught(gated_deltanet, None, case, tmp_path, monkeypatch)

@@ -1,0 +1,107 @@
+"""The kernels of a decay a key channel against the chunked form in float64, and the bugs that this must catch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, VECTOR_FORMS, Case, check, check_drawn, draw
+from scan_laws import Law, every_law
+from seeding import Bug, assert_caught, in_the_interpreter
+
+from linear_moe.kernels import blocks, gla, join
+
+(FORM,) = VECTOR_FORMS
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@every_dtype
+def test_drawn_shapes_are_within_the_budget(dtype: torch.dtype) -> None:
+    check_drawn(FORM, dtype)
+
+
+@every_law
+def test_it_holds(law: Law, monkeypatch: pytest.MonkeyPatch) -> None:
+    law(FORM, monkeypatch)
+
+
+def mixed_decays(case: Case) -> torch.Tensor:
+    """`[S, H, K]`: by turns a chunk that hardly fades, one in which a single channel does, and one that forgets at once."""
+    hardness = torch.tensor([1e-6, 0.05, 13.8]).to(DEVICE)
+    rate = hardness[torch.arange(case.num_tokens, device=DEVICE) // 64 % 3][:, None, None].repeat(1, 1, case.K)
+    rate[64:128, :, 1:] = 1e-6
+    return -rate * torch.rand(case.num_tokens, case.heads, case.K).to(DEVICE)
+
+
+@every_dtype
+def test_mild_and_harsh_chunks_in_one_call(dtype: torch.dtype) -> None:
+    """Each takes a way of its own, chunk by chunk or walk by walk."""
+    case = Case(FORM, (195, 40), K=5, V=7, dtype=dtype)
+    check(case, draw(case) | {"log_decay": mixed_decays(case)})
+
+
+@every_dtype
+def test_a_single_harsh_token(dtype: torch.dtype) -> None:
+    """A sum that an earlier hard decay is in has lost a gentle one: differences of such sums would too."""
+    case = Case(FORM, (50,), K=5, V=7, rate=1e-4, dtype=dtype)
+    inputs = draw(case)
+    inputs["log_decay"][10] = -1e4
+    check(case, inputs)
+
+
+HARSH = Case(FORM, (66, 3), K=10, V=6, spare=4)
+MILD = replace(HARSH, rate=0.05)
+CUT = replace(HARSH, lengths=(2, 198), rate=0.01)
+# As many segments as heads: what swapped strides hit is allocated.
+HEADS = replace(HARSH, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
+CLEAN = {"harsh": HARSH, "mild": MILD, "cut": CUT, "heads": HEADS}
+
+BUGS = {
+    "a mask dropped": (HARSH, Bug(gla, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=3)),
+    "a mask of pairs dropped": (HARSH, Bug(gla, "valid = rows < size\n", "valid = rows < size + 2\n")),
+    "a causal mask dropped": (MILD, Bug(gla, "tl.where(rows[:, None] > rows[None, :], met, 0.0)", "met")),
+    "a causal mask of gradients dropped": (
+        MILD,
+        Bug(gla, "tl.where(rows[:, None] > rows[None, :], pairs, 0.0)", "pairs"),
+    ),
+    "a harsh chunk's causal mask dropped": (HARSH, Bug(gla, " & (earlier % (2 * WIDTH) < WIDTH)", "")),
+    "a level of halves forgotten": (HARSH, Bug(gla, "tl.static_range(LEVELS)", "tl.static_range(LEVELS - 1)", count=2)),
+    "key heads taken in turn": (HEADS, Bug(gla, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=3)),
+    "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
+    "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
+    "decay off by one position": (HARSH, Bug(gla, "return tl.cumsum(each, 0),", "return tl.cumsum(each, 0) - each,")),
+    "gradients decay as outputs do": (MILD, Bug(gla, "asked = (q * up)", "asked = (q * down)")),
+    "the state does not fade": (HARSH, Bug(gla, "state *= tl.exp(total)[:, None]", "state *= 1.0")),
+    "the state does not fade in mild gradients": (MILD, Bug(gla, "state *= half", "pass", count=2)),
+    "the state does not fade in harsh gradients": (
+        HARSH,
+        Bug(gla, "state *= tl.exp(total.to(tl.float32))[None, :]", "state *= 1.0", count=2),
+    ),
+    "the state is not added to": (HARSH, Bug(gla, "(tl.trans(writes), v, acc=state,", "(tl.trans(writes), v,")),
+    "the state's scale forgotten": (HARSH, Bug(gla, "state_scale * state, mask", "state, mask")),
+    "backwards as forwards": (HARSH, Bug(gla, "num_chunks - 1 - step if REVERSE else step", "step")),
+    "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
+    "a split's carry fades by another channel": (CUT, Bug(join, "* K + numbers // V,", "* K + numbers % K,")),
+    "every split begins with its segment's first chunk": (
+        CUT,
+        Bug(gla, "first[splits.owner] + into", "first[splits.owner]"),
+    ),
+    "the decay's gradient one token late": (HARSH, Bug(gla, "tl.cumsum(change, 0) - change", "tl.cumsum(change, 0)")),
+    "the decay's gradient without the start": (HARSH, Bug(gla, "crossing += tl.load(", "tl.load(")),
+    "the decay's gradient not carried on": (HARSH, Bug(gla, "crossing += tl.sum(change, 0)", "pass")),
+}
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seeded = BUGS[bug]
+    assert_caught(gla, seeded, case, tmp_path, monkeypatch)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("case", CLEAN.values(), ids=CLEAN)
+def test_a_copy_without_a_bug_keeps_the_budget(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_caught(gla, None, case, tmp_path, monkeypatch)

@@ -1,0 +1,174 @@
+"""The kernels as torch operators, and as implementations of the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import DELTA_FORMS, DEVICE, FORMS, SCALAR_FORMS, VECTOR_FORMS, Case, draw, kernels, module_of, results
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from linear_moe import ops
+from linear_moe.forms import Decay, Recurrence
+from linear_moe.kernels import library
+from linear_moe.ops import RuleOutput
+from linear_moe.testing.budget import assert_within_budget
+
+FAMILIES = {"scalar_scan": SCALAR_FORMS[-1], "gated_deltanet": DELTA_FORMS[-1], "gla": VECTOR_FORMS[-1]}
+every_family = pytest.mark.parametrize("form", FAMILIES.values(), ids=FAMILIES)
+
+
+def small(form: Recurrence, **changes: Any) -> Case:
+    return replace(Case(form, (7, 0, 12), 2, 1, K=4, V=6, spare=1), **changes)
+
+
+def split(form: Recurrence) -> Case:
+    """Long enough to be split, even on a GPU."""
+    return Case(form, (600 if DEVICE == "cuda" else 202, 1), K=4, V=6, rate=0.1)
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    """Of the form's operator, its tensors asking for gradients where there are any."""
+    inputs = draw(case)
+    decay = inputs.get("log_decay")
+    for name, x in inputs.items():
+        x.requires_grad_(name != "log_decay" or case.form.decay is not Decay.HEAD)
+    rest = (case.cu_seqlens, case.max_length, case.dense, case.K**-0.5, case.final)
+    qkv, state = (inputs["q"], inputs["k"], inputs["v"]), inputs.get("initial_state")
+    if "beta" in inputs:
+        return (*qkv, decay, inputs["beta"], state, *rest, case.form.decay.value, True)
+    if case.form.decay is Decay.VECTOR:
+        return (*qkv, decay, state, *rest)
+    return (*qkv, decay, state, *rest, case.form.decay.value)
+
+
+OPERATORS = {"scalar_scan": library._scalar, "gated_deltanet": library._delta, "gla": library._vector}
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("make", [small, split], ids=["whole", "split"])
+def test_what_torch_asks_of_an_operator(make: Callable[[Recurrence], Case], name: str) -> None:
+    # No spare tokens: what the delta rules keep for the backward pass is nothing in particular there, and compared.
+    case = replace(make(FAMILIES[name]), spare=0)
+    torch.library.opcheck(OPERATORS[name], arguments(case), test_utils=TESTS)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_without_an_initial_or_a_final_state(form: Recurrence) -> None:
+    case = small(form, initial=False, final=False, spare=0, dense=True)
+    name = module_of(form).__name__.rpartition(".")[2]
+    torch.library.opcheck(OPERATORS[name], arguments(case), test_utils=("test_schema", "test_faketensor"))
+
+
+@every_family
+@pytest.mark.parametrize("make", [small, split], ids=["whole", "split"])
+def test_fake_tensors_have_the_shapes_of_real_ones(make: Callable[[Recurrence], Case], form: Recurrence) -> None:
+    case = make(form)
+    inputs = draw(case)
+    real = results(kernels, case, inputs)
+    borders = case.cu_seqlens
+    with FakeTensorMode() as mode:
+        # A case makes its borders anew: there is nothing in them to fake.
+        fake_inputs = {name: mode.from_tensor(x) for name, x in inputs.items()}
+        tensors = {name: x.requires_grad_() for name, x in fake_inputs.items()}
+        output, final_state = library.scan(
+            **{"log_decay": None, "beta": None} | tensors, decay=form.decay, scale=0.5, cu_seqlens=mode.from_tensor(borders),
+            max_length=case.max_length, dense=case.dense, return_final_state=True,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(output.sum() + final_state.sum(), list(tensors.values()))
+    fake = {"output": output, "final_state": final_state} | {
+        f"d_{name}": x for name, x in zip(tensors, gradients, strict=True)
+    }
+    assert fake.keys() == real.keys()
+    for name, x in fake.items():
+        assert (x.shape, x.dtype, x.device) == (real[name].shape, real[name].dtype, real[name].device), name
+        assert x.is_contiguous() and real[name].is_contiguous(), name
+
+
+@every_family
+def test_compiled_it_gives_the_same(form: Recurrence) -> None:
+    case = small(form)
+    borders = case.cu_seqlens
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        # Something of the compiler's own before and after.
+        output, final_state = library.scan(
+            **{"log_decay": None, "beta": None} | tensors | {"q": 2 * tensors["q"]}, decay=form.decay, scale=case.K**-0.5,
+            cu_seqlens=borders, max_length=case.max_length, dense=case.dense, return_final_state=True,
+        )  # fmt: skip
+        return output + 1, final_state
+
+    def eager(case: Case, tensors: Any) -> tuple[Tensor, Tensor | None]:
+        output, final_state = kernels(case, {**tensors, "q": 2 * tensors["q"]})
+        return output + 1, final_state
+
+    inputs = draw(case)
+    expected = results(eager, case, inputs)
+    got = results(lambda case, tensors: compiled(dict(tensors)), case, inputs)
+    for name, x in expected.items():
+        assert torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_nothing_is_kept_without_gradients(form: Recurrence) -> None:
+    case = small(form)
+    inputs = draw(case)
+    with torch.no_grad():
+        output, final_state = kernels(case, inputs)
+    expected = results(kernels, case, inputs)
+    assert torch.equal(output, expected["output"]) and torch.equal(final_state, expected["final_state"])
+    assert not output.requires_grad and not final_state.requires_grad
+
+
+B, T, H, K, V = 2, 37, 2, 5, 6
+
+
+def of_op(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of an op, by name, and options."""
+    q, k, v = torch.randn(B, T, 1, K), torch.randn(B, T, 1, K), torch.randn(B, T, H, V)
+    unit, beta = torch.nn.functional.normalize(k, dim=-1), 2 * torch.rand(B, T, H)
+    tensors, options = {
+        "linear_attention": ({"q": q, "k": k, "v": v}, {}),
+        "linear_attention, normalised": ({"q": q.exp(), "k": k.exp(), "v": v}, {"normalize": True}),
+        "retnet": ({"q": q, "k": k, "v": v}, {}),
+        "gla": ({"q": q, "k": k, "v": v, "log_decay": -torch.rand(B, T, H, K)}, {}),
+        "mamba2": (
+            {"C": q, "B": k, "x": v, "dt": torch.rand(B, T, H), "A": -torch.rand(H), "D": torch.randn(H)}, {},
+        ),
+        "deltanet": ({"q": q, "k": unit, "v": v, "beta": beta}, {}),
+        "gated_deltanet": ({"q": q, "k": unit, "v": v, "log_decay": -torch.rand(B, T, H), "beta": beta}, {}),
+    }[name]  # fmt: skip
+    return {n: x.to(DEVICE) for n, x in tensors.items()}, options
+
+
+def run_op(
+    name: str, dtype: torch.dtype, impl: str, tensors: dict[str, Tensor], options: dict[str, Any]
+) -> dict[str, Tensor]:
+    op: Callable[..., RuleOutput] = getattr(ops, name.partition(",")[0])
+    given = {n: x.to(dtype, copy=True).requires_grad_() for n, x in tensors.items()}
+    result = op(**given, **options, return_final_state=True, impl=impl)
+    made = {"output": result.output, "final_state": result.final_state}
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in made.values()]
+    gradients = torch.autograd.grad(list(made.values()), list(given.values()), seeds)
+    return made | {f"d_{n}": x for n, x in zip(given, gradients, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ops.__all__ if name != "RuleOutput"] + ["linear_attention, normalised"]
+)
+def test_every_op_has_a_kernel_that_equals_its_chunked_form(name: str) -> None:
+    tensors, options = of_op(name)
+    state_rows = V + 1 if "normalize" in options else V
+    tensors["initial_state"] = torch.randn(B, H, K, state_rows).to(DEVICE)
+    if "normalize" in options:
+        # The normaliser's column is a sum of positive numbers.
+        tensors["initial_state"][..., -1] = tensors["initial_state"][..., -1].abs()
+    got, reference = (run_op(name, torch.float32, impl, tensors, options) for impl in ("triton", "chunked"))
+    assert_within_budget(got, reference, run_op(name, torch.float64, "chunked", tensors, options))

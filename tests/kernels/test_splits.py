@@ -1,0 +1,145 @@
+"""Segments cut into pieces, and the pieces' transitions joined again."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import DEVICE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from linear_moe.kernels.join import join, join_affine
+from linear_moe.kernels.splits import Splits, cut, num_pieces, split_length, whole
+from linear_moe.testing.budget import assert_within_budget
+
+
+def borders_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+
+
+def assert_covered(splits: Splits, lengths: list[int], length: int) -> None:
+    """Every segment's pieces are its tokens in order, once, each full but the last; what is past the last piece is empty."""
+    assert splits.first is not None and splits.owner is not None
+    first, owner, borders = splits.first.tolist(), splits.owner.tolist(), splits.borders.tolist()
+    assert first[-1] <= splits.num_pieces
+    start = 0
+    for segment, size in enumerate(lengths):
+        pieces = range(first[segment], first[segment + 1])
+        assert len(pieces) == max(1, -(-size // length)) <= splits.most
+        for place, piece in enumerate(pieces):
+            stop = start + min((place + 1) * length, size)
+            assert borders[piece] == [start + place * length, stop]
+            assert owner[piece] == segment
+        start += size
+    for piece in range(first[-1], splits.num_pieces):
+        assert borders[piece] == [0, 0]
+        assert owner[piece] < len(lengths)
+
+
+def assert_emptied(splits: Splits) -> None:
+    """Of `leading`, `trailing` and `several`, the pieces left are those that they say."""
+    assert splits.first is not None
+    kept = {"leading": set(), "trailing": set(), "several": set()}
+    for begin, end in itertools.pairwise(splits.first.tolist()):
+        kept["leading"].update(range(begin, end - 1))
+        kept["trailing"].update(range(begin + 1, end))
+        kept["several"].update(range(begin, end) if end - begin > 1 else ())
+    for name, pieces in kept.items():
+        expected = [x if i in pieces else [0, 0] for i, x in enumerate(splits.borders.tolist())]
+        assert getattr(splits, name).tolist() == expected, name
+
+
+@given(
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
+    length=st.integers(1, 30),
+    spare=st.integers(0, 7),
+    tight=st.booleans(),
+)
+def test_pieces_cover_every_segment_once(lengths: list[int], length: int, spare: int, tight: bool) -> None:
+    total = sum(lengths) + spare
+    splits = cut(borders_of(lengths), total, length, max(lengths) if tight else total)
+    assert splits.num_pieces == num_pieces(total, len(lengths), length)
+    assert_covered(splits, lengths, length)
+    assert_emptied(splits)
+
+
+@pytest.mark.parametrize("longest", [0, 3, 40])
+def test_many_segments(longest: int) -> None:
+    """More than one block of segments, and more than one of pieces."""
+    lengths = torch.randint(0, longest + 1, (3000,)).tolist()
+    splits = cut(borders_of(lengths), sum(lengths), 16, max(longest, 1))
+    assert_covered(splits, lengths, 16)
+    assert_emptied(splits)
+
+
+def test_whole_segments() -> None:
+    splits = whole(borders_of([3, 0, 4]))
+    assert splits.borders.tolist() == [[0, 3], [3, 3], [3, 7]]
+    assert not splits.cut
+
+
+@given(
+    num_tokens=st.integers(0, 10**7),
+    share=st.floats(0, 1),
+    walks=st.integers(1, 256),
+    processors=st.integers(1, 200),
+    chunk=st.sampled_from([32, 64]),
+)
+def test_where_to_cut(num_tokens: int, share: float, walks: int, processors: int, chunk: int) -> None:
+    """In whole chunks, and only what is then walked in a third of the time."""
+    max_length = int(share * num_tokens)
+    length = split_length(num_tokens, max_length, walks, processors, chunk)
+    if length is not None:
+        assert length % chunk == 0 and 0 < 3 * length < max_length
+
+
+LENGTHS = [0, 45, 7, 100, 0, 12]
+PIECE = 10
+
+
+def loop(
+    increments: Tensor, transitions: Tensor, initial_state: Tensor | None, splits: Splits, reverse: bool
+) -> dict[str, Tensor]:
+    """The joins as a loop over pieces, in the dtype of the increments."""
+    assert splits.first is not None
+    first = splits.first.tolist()
+    starts, final = torch.zeros_like(increments), []
+    for segment in range(len(first) - 1):
+        state = torch.zeros_like(increments[0]) if initial_state is None else initial_state[segment]
+        pieces = range(first[segment], first[segment + 1])
+        for piece in reversed(pieces) if reverse else pieces:
+            starts[piece] = state
+            state = transitions[piece] @ state + increments[piece]
+        final.append(state)
+    return {"starts": starts, "final": torch.stack(final)}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("initial", [False, True], ids=["from zeros", "from a state"])
+@pytest.mark.parametrize("kind", ["scalar", "per channel", "affine", "affine transposed"])
+@pytest.mark.parametrize(("K", "V"), [(5, 7), (40, 33)])
+def test_joins_are_a_loop_over_pieces(K: int, V: int, kind: str, initial: bool, reverse: bool) -> None:
+    splits = cut(borders_of(LENGTHS), sum(LENGTHS) + 25, PIECE, max(LENGTHS))
+    pieces, heads = splits.num_pieces, 2
+    assert splits.first is not None and splits.first[-1] < pieces, "some pieces were meant to be of no segment"
+    increments = torch.randn(pieces, heads, K, V).to(DEVICE)
+    state = torch.randn(len(LENGTHS), heads, K, V).to(DEVICE) if initial else None
+    if kind.startswith("affine"):
+        transitions = (torch.randn(pieces, heads, K, K) / K**0.5).to(DEVICE)
+        if kind == "affine transposed":
+            transitions = transitions.mT
+        starts, final = join_affine(increments, transitions, state, splits, reverse=reverse)
+        exact = transitions.double()
+    else:
+        totals = -torch.rand(pieces, heads, *((K,) if kind == "per channel" else ())).to(DEVICE)
+        starts, final = join(increments, totals, state, splits, reverse=reverse)
+        exact = torch.diag_embed(totals.double().exp().reshape(pieces, heads, -1).expand(-1, -1, K))
+    assert not starts[splits.first[-1] :].any()
+    assert_within_budget(
+        {"starts": starts, "final": final},
+        loop(increments, exact.float(), state, splits, reverse),
+        loop(increments.double(), exact, None if state is None else state.double(), splits, reverse),
+    )
