@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels.blocks import block_of, state_offsets
+from linear_moe.kernels.operator import operator
 
 
 class Launch(NamedTuple):
@@ -132,10 +133,10 @@ def _launch(
     return output
 
 
-_decode = torch.library.custom_op("linear_moe::decode_step", _launch, mutates_args=("state",))
+_decode = operator("decode_step", mutates=("state",))(_launch)
 
 
-@_decode.register_fake
+@torch.library.register_fake("linear_moe::decode_step")
 def _(q, k, v, log_decay, beta, state, index, decay, erase, scale):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 

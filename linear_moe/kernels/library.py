@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay
 from linear_moe.kernels import gated_deltanet, gla, scalar_scan
+from linear_moe.kernels.operator import operator
 from linear_moe.kernels.splits import Ragged, num_pieces
 
 Tensors = tuple[Tensor, ...]
@@ -43,7 +44,7 @@ def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[T
     return d_output.contiguous(), d_final.contiguous() if ctx.want_final and d_final is not None else None
 
 
-@torch.library.custom_op("linear_moe::scalar_scan", mutates_args=())
+@operator("scalar_scan")
 def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool, decay: str,
@@ -56,7 +57,7 @@ def _scalar(
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
 
-@_scalar.register_fake
+@torch.library.register_fake("linear_moe::scalar_scan")
 def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay):
     ragged = Ragged(cu_seqlens, max_length, dense)
     return (
@@ -66,7 +67,7 @@ def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, w
     )
 
 
-@torch.library.custom_op("linear_moe::scalar_scan_backward", mutates_args=())
+@operator("scalar_scan_backward")
 def _scalar_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
@@ -80,7 +81,7 @@ def _scalar_backward(
     return made.q, made.k, made.v, _or_empty(made.log_decay, v), _or_empty(made.initial_state, v)
 
 
-@_scalar_backward.register_fake
+@torch.library.register_fake("linear_moe::scalar_scan_backward")
 def _(
     d_output,
     d_final,
@@ -119,10 +120,10 @@ def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
     return (*dqkv, _or_none(d_decay), _or_none(d_initial), None, None, None, None, None, None)
 
 
-_scalar.register_autograd(_scalar_gradients, setup_context=_keep_for_scalar)
+torch.library.register_autograd("linear_moe::scalar_scan", _scalar_gradients, setup_context=_keep_for_scalar)
 
 
-@torch.library.custom_op("linear_moe::gla", mutates_args=())
+@operator("gla")
 def _vector(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool,
@@ -134,7 +135,7 @@ def _vector(
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
 
-@_vector.register_fake
+@torch.library.register_fake("linear_moe::gla")
 def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final):
     ragged = Ragged(cu_seqlens, max_length, dense)
     return (
@@ -144,7 +145,7 @@ def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, w
     )
 
 
-@torch.library.custom_op("linear_moe::gla_backward", mutates_args=())
+@operator("gla_backward")
 def _vector_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
@@ -157,7 +158,7 @@ def _vector_backward(
     return made.q, made.k, made.v, made.log_decay, _or_empty(made.initial_state, v)
 
 
-@_vector_backward.register_fake
+@torch.library.register_fake("linear_moe::gla_backward")
 def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, max_length, dense, scale):
     return (
         *(torch.empty_like(x) for x in (q, k, v, log_decay)),
@@ -179,10 +180,10 @@ def _vector_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
     return (*gradients, _or_none(d_initial), None, None, None, None, None)
 
 
-_vector.register_autograd(_vector_gradients, setup_context=_keep_for_vector)
+torch.library.register_autograd("linear_moe::gla", _vector_gradients, setup_context=_keep_for_vector)
 
 
-@torch.library.custom_op("linear_moe::gated_deltanet", mutates_args=())
+@operator("gated_deltanet")
 def _delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor, max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
@@ -199,7 +200,7 @@ def _delta(
     return made.output, _or_empty(made.final_state, v), wrong, erasure, reads, starts, transitions
 
 
-@_delta.register_fake
+@torch.library.register_fake("linear_moe::gated_deltanet")
 def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay, keep):
     ragged = Ragged(cu_seqlens, max_length, dense)
     pieces = _pieces(v, ragged, gated_deltanet.piece_length(k, v, ragged)) if keep else None
@@ -215,7 +216,7 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
     )
 
 
-@torch.library.custom_op("linear_moe::gated_deltanet_backward", mutates_args=())
+@operator("gated_deltanet_backward")
 def _delta_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor,
     initial_state: Tensor | None, cu_seqlens: Tensor, wrong: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
@@ -230,7 +231,7 @@ def _delta_backward(
     return made.q, made.k, made.v, _or_empty(made.log_decay, v), made.beta, _or_empty(made.initial_state, v)
 
 
-@_delta_backward.register_fake
+@torch.library.register_fake("linear_moe::gated_deltanet_backward")
 def _(
     d_output, d_final, q, k, v, log_decay, beta, initial_state, cu_seqlens, wrong, erasure, reads, starts, transitions,
     max_length, dense, scale, decay,
@@ -257,7 +258,7 @@ def _delta_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, 
     return (*dqkv, _or_none(d_decay), d_beta, _or_none(d_initial), *(None,) * 7)
 
 
-_delta.register_autograd(_delta_gradients, setup_context=_keep_for_delta)
+torch.library.register_autograd("linear_moe::gated_deltanet", _delta_gradients, setup_context=_keep_for_delta)
 
 
 def scan(

@@ -209,9 +209,10 @@ class _Scan:
             products = (both @ columns.mT[:, None]) * pair_decays(sums).to(columns.dtype)[:, None]
         else:
             products = decayed_products(both, columns[:, None], sums[:, None])
-        k_out = columns * (sums[:, -1:] - sums).exp().to(columns.dtype)
         q_in = torch.mul(q_in, fading.from_start, out=q_in if work.reused else None)
         k_in = columns * fading.from_start if erases else columns
+        to_end = (sums[:, -1:] - sums).exp().to(columns.dtype)
+        k_out = torch.mul(columns, to_end, out=columns if work.reused else None)
         return _Inside(q_in, k_in, k_out, carry, products[:, 0], products[:, 1] if erases else None)
 
     def walk_adding(self, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,10 +255,10 @@ class _Scan:
             written[:, :length].copy_(fresh)
             written[:, length:].zero_()
             if self.walked is None:
-                # The same in every part; the last may have fewer steps.
-                self.walked = [chunks.by_step(x) for x in (rows, written, written[:, :length])]
-            steps = zip(chunks.by_step(inside.k_out.mT), *self.walked, self.carries(inside), strict=False)
-            for k_out, row, made, above, carry in steps:
+                # The same in every part, all being in the workspace; the last part may have fewer steps.
+                self.walked = [chunks.by_step(x) for x in (rows, written, written[:, :length], inside.k_out.mT)]
+            steps = zip(*self.walked, self.carries(inside), strict=False)
+            for row, made, above, k_out, carry in itertools.islice(steps, v.shape[0] // state.shape[0]):
                 made.baddbmm_(row, state, alpha=-1)
                 kept = state if carry is None else state.mul_(carry)
                 state = kept.baddbmm_(k_out, above)

@@ -275,8 +275,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     given = one_token(SCALAR_DELTA)
     decode.decode_step(**given)
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         decode.decode_step(**given)
     finally:
         torch.cuda.set_sync_debug_mode(before)
@@ -312,7 +312,9 @@ def seed_bug(tmp_path: Path) -> Iterator[Any]:
     def load(bug: dict[str, str]) -> ModuleType:
         name = f"seeded_decode_{abs(hash(str(bug)))}"
         source = Path(decode.__file__).read_text(encoding="utf-8")
-        for right, wrong in ({"linear_moe::decode_step": f"linear_moe::{name}"} | bug).items():
+        for right, wrong in (
+            {'operator("decode_step"': f'operator("{name}"', "linear_moe::decode_step": f"linear_moe::{name}"} | bug
+        ).items():
             assert source.count(right) == 1, right
             source = source.replace(right, wrong)
         # A file of its own: triton reads a kernel's source from it.
