@@ -64,7 +64,7 @@ class Mamba2(UpdateRule):
         x = raw["x"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
         dt = F.softplus(upcast(raw["dt"]) + parameters["dt_bias"])
         tokens = as_tokens(C, B, x, dt, -upcast(parameters["A_log"]).exp())
-        return tokens._replace(extras={"skip": upcast(parameters["D"])[:, None] * upcast(x)})
+        return tokens._replace(extras={"skip": upcast(parameters["D"])[:, None] * x})
 
     @staticmethod
     def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
@@ -77,10 +77,11 @@ class Mamba2(UpdateRule):
 
 
 def as_tokens(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, A: Tensor) -> Tokens:
-    """The form's tokens. Products in float32, rounded once to the dtype of x."""
+    """The form's tokens. Products in float32, by promotion (a widened copy of x would be kept for the backward pass), rounded
+    once to the dtype of x.
+    """
     dt = upcast(dt)
-    v = (dt[..., None] * upcast(x)).to(x.dtype)
-    return Tokens(C, B, v, dt * upcast(A))
+    return Tokens(C, B, (dt[..., None] * x).to(x.dtype), dt * upcast(A))
 
 
 def mamba2(
@@ -136,4 +137,4 @@ def mamba2(
         impl=impl,
         names=("C", "B", "x"),
     )
-    return result._replace(output=torch.addcmul(upcast(result.output), upcast(D)[:, None], upcast(x)).to(x.dtype))
+    return result._replace(output=(result.output + upcast(D)[:, None] * x).to(x.dtype))
