@@ -29,8 +29,8 @@ def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype
 
 @every_form
 @every_law
-def test_it_holds(law: Law, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
-    law(form, monkeypatch)
+def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
+    law(form, dtype, monkeypatch)
 
 
 def check_telescoping(case: Case, inputs: dict[str, Tensor]) -> None:

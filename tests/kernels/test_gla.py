@@ -23,8 +23,8 @@ def test_drawn_shapes_are_within_the_budget(dtype: torch.dtype) -> None:
 
 
 @every_law
-def test_it_holds(law: Law, monkeypatch: pytest.MonkeyPatch) -> None:
-    law(FORM, monkeypatch)
+def test_it_holds(law: Law, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    law(FORM, dtype, monkeypatch)
 
 
 def mixed_decays(case: Case) -> torch.Tensor:
