@@ -137,4 +137,4 @@ def mamba2(
         impl=impl,
         names=("C", "B", "x"),
     )
-    return result._replace(output=(result.output + upcast(D)[:, None] * x).to(x.dtype))
+    return result._replace(output=torch.addcmul(result.output, upcast(D)[:, None], x).to(x.dtype))
