@@ -162,12 +162,13 @@ def cdiv(total: int, part: int) -> int:
     return -(-total // part)
 
 
-def stages_of(wanted: int, tile: int, dtype: torch.dtype) -> int:
-    """Pipeline stages: at least 2 for 16-bit tiles narrower than 64 channels.
+def tile_of(size: int, tile: int, dtype: torch.dtype) -> int:
+    """Channels of a program's tile: no more than hold `size` in float32, always `tile` in 16 bits, masked past the end.
 
-    At one stage triton 3.6 compiles a walk with a state of 256 x 32 to one that reads outside its shared memory on Hopper.
+    At one pipeline stage triton 3.6 compiles a walk with a 16-bit tile of 32 channels and a state of 256 rows to one that reads
+    outside its shared memory on Hopper.
     """
-    return wanted if tile >= 64 or dtype == torch.float32 else max(wanted, 2)
+    return block_of(size, tile) if dtype == torch.float32 else tile
 
 
 def precision_of(dtype: torch.dtype) -> str:

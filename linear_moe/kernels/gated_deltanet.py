@@ -39,10 +39,10 @@ from linear_moe.kernels.blocks import (
     pair_decays,
     piece_of,
     precision_of,
-    stages_of,
     state_offsets,
     store_rows,
     summed_decays,
+    tile_of,
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
@@ -579,7 +579,7 @@ def chunk_length(k: Tensor, v: Tensor) -> int:
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
     launch = choose_launch("forward", k.shape[2], v.shape[2], k.dtype)
-    tiles = cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
+    tiles = cdiv(v.shape[2], tile_of(v.shape[2], launch.tile, v.dtype))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
@@ -598,13 +598,13 @@ def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[tuple[int]
     launch = choose_launch(walk, k.shape[2], v.shape[2], k.dtype)
     by_values = walk in ("forward", "values")
     tiled, whole = (v.shape[2], k.shape[2]) if by_values else (k.shape[2], v.shape[2])
-    tile = block_of(tiled, launch.tile)
+    tile = tile_of(tiled, launch.tile, k.dtype)
     parameters = {
         "CHUNK": launch.chunk,
         "TILE": tile,
         "K_BLOCK" if by_values else "V_BLOCK": block_of(whole),
         "num_warps": launch.num_warps,
-        "num_stages": stages_of(launch.num_stages, tile, k.dtype),
+        "num_stages": launch.num_stages,
     }
     return (splits.num_pieces * v.shape[1] * cdiv(tiled, tile),), parameters
 

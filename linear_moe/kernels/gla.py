@@ -31,19 +31,18 @@ from linear_moe.kernels.blocks import (
     num_processors,
     piece_of,
     precision_of,
-    stages_of,
     state_offsets,
     store_rows,
+    tile_of,
     zero_uncovered,
 )
 from linear_moe.kernels.join import join
 from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
 
-MILDEST = tl.constexpr(60.0)
+MILDEST = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 4.0}
 """A chunk in which no channel fades by more than e^60 is multiplied out around half of its fading: two exponentials a number,
-none above e^30."""
-MILDEST_EXACT = tl.constexpr(4.0)
-"""The same where results are float32: an exponent's own rounding must stay below that of its exponential."""
+none above e^30. float16 has less range; in float32 an exponent's own rounding must stay below that of its exponential.
+"""
 FADES_BLOCK = tl.constexpr(64)
 
 
@@ -74,18 +73,14 @@ def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype)
 
 
 @triton.jit
-def _fades_mildly(fades_ptr, first_chunk, num_chunks, head, HEADS: tl.constexpr, EXACT: tl.constexpr):
+def _fades_mildly(fades_ptr, first_chunk, num_chunks, head, HEADS: tl.constexpr, LIMIT: tl.constexpr):
     """Whether no channel of a head fades by more than is safe to undo in any of some chunks."""
     worst = 0.0
     for start in range(0, num_chunks, FADES_BLOCK):
         chunk = start + tl.arange(0, FADES_BLOCK)
         fades = tl.load(fades_ptr + (first_chunk + chunk) * HEADS + head, mask=chunk < num_chunks, other=0.0)
         worst = tl.maximum(worst, tl.max(fades, 0))
-    if EXACT:
-        mild = worst < MILDEST_EXACT
-    else:
-        mild = worst < MILDEST
-    return mild
+    return worst < LIMIT
 
 
 @triton.jit
@@ -122,7 +117,7 @@ def _around_middle(summed, total):
 
 
 @triton.jit
-def _halved_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
+def _halved_products(q, k, summed, DTYPE: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
                      LEVELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """P for j < t, else 0, over some channels.
 
@@ -133,15 +128,15 @@ def _halved_products(q, k, summed, OPERAND: tl.constexpr, CHUNK: tl.constexpr, C
     products = tl.zeros((CHUNK, CHUNK), tl.float32)
     for level in tl.static_range(LEVELS):
         reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
-        reads = (q * _fade(summed - reference)).to(OPERAND)
-        writes = (k * _fade(reference - summed)).to(OPERAND)
+        reads = (q * _fade(summed - reference)).to(DTYPE)
+        writes = (k * _fade(reference - summed)).to(DTYPE)
         met = tl.dot(reads, tl.trans(writes), input_precision=PRECISION)
         products += tl.where(_crosses(rows[:, None], rows[None, :], 1 << level), met, 0.0)
     return products
 
 
 @triton.jit
-def _halved_sum(weights, x, summed, REVERSE: tl.constexpr, OPERAND: tl.constexpr, CHUNK: tl.constexpr,
+def _halved_sum(weights, x, summed, REVERSE: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
                 CHANNELS: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """sum_j weights_tj x_j e^(G_t - G_j) over j < t a channel, as `_halved_products`; REVERSE: over j > t, e^(G_j - G_t)."""
     rows = tl.arange(0, CHUNK)
@@ -153,11 +148,11 @@ def _halved_sum(weights, x, summed, REVERSE: tl.constexpr, OPERAND: tl.constexpr
     for level in tl.static_range(LEVELS):
         reference = _halves(summed, CHUNK, 1 << level, CHANNELS)
         to_later, from_earlier = _fade(summed - reference), _fade(reference - summed)
-        near = tl.where(_crosses(later, earlier, 1 << level), weights, 0.0).to(OPERAND)
+        near = tl.where(_crosses(later, earlier, 1 << level), weights, 0.0).to(DTYPE)
         if REVERSE:
-            result += from_earlier * tl.dot(near, (x * to_later).to(OPERAND), input_precision=PRECISION)
+            result += from_earlier * tl.dot(near, (x * to_later).to(DTYPE), input_precision=PRECISION)
         else:
-            result += to_later * tl.dot(near, (x * from_earlier).to(OPERAND), input_precision=PRECISION)
+            result += to_later * tl.dot(near, (x * from_earlier).to(DTYPE), input_precision=PRECISION)
     return result
 
 
@@ -189,7 +184,7 @@ def _prepare_kernel(
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
     MILD: tl.constexpr,
-    OPERAND: tl.constexpr,
+    LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     EXACT: tl.constexpr = PRECISION == "ieee"
@@ -207,12 +202,12 @@ def _prepare_kernel(
             worst = tl.maximum(worst, -tl.min(tl.sum(each, 0), 0))
         tl.store(fades_ptr + chunk * HEADS + head, worst)
         # A NaN is not mild, so that it gets where it belongs.
-        limit = MILDEST_EXACT if EXACT else MILDEST
-        mine = worst < limit
+        mine = worst < LIMIT
     else:
-        mine = not _fades_mildly(fades_ptr, chunk, 1, head, HEADS, EXACT)
+        mine = not _fades_mildly(fades_ptr, chunk, 1, head, HEADS, LIMIT)
     if not mine:
         return
+    dtype = k_ptr.dtype.element_ty
     products = tl.zeros((CHUNK, CHUNK), tl.float32)
     own = tl.zeros((CHUNK,), tl.float32)
     for key in tl.static_range(0, K, TILE):
@@ -224,11 +219,11 @@ def _prepare_kernel(
             up, down, half = _around_middle(summed, total)
             q_up, k_down = q * up, k * down
             reads, writes = q_up * half, k_down * half
-            met = tl.dot(q_up.to(OPERAND), tl.trans(k_down.to(OPERAND)), input_precision=PRECISION)
+            met = tl.dot(q_up.to(dtype), tl.trans(k_down.to(dtype)), input_precision=PRECISION)
             products += tl.where(rows[:, None] > rows[None, :], met, 0.0)
         else:
             reads, writes = q * _fade(summed), k * _fade(total[None, :] - summed)
-            products += _halved_products(q, k, summed, OPERAND, CHUNK, TILE, LEVELS, PRECISION)
+            products += _halved_products(q, k, summed, dtype, CHUNK, TILE, LEVELS, PRECISION)
         store_rows(reads_ptr, reads, start, head, HEADS, K, rows, keys, valid)
         store_rows(writes_ptr, writes, start, head, HEADS, K, rows, keys, valid)
         tl.store(totals_ptr + (chunk * HEADS + head) * K + keys, total.to(tl.float32), mask=keys < K)
@@ -336,7 +331,7 @@ def _keys_kernel(
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
     MILD: tl.constexpr,
-    OPERAND: tl.constexpr,
+    LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     EXACT: tl.constexpr = PRECISION == "ieee"
@@ -347,7 +342,7 @@ def _keys_kernel(
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
     start, size = piece_of(borders_ptr, borders_stride, piece)
     num_chunks = tl.cdiv(size, CHUNK)
-    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, EXACT) != MILD:
+    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, LIMIT) != MILD:
         return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
@@ -372,15 +367,15 @@ def _keys_kernel(
         own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
         if MILD:
             up, down, half = _around_middle(summed, total)
-            near = tl.where(rows[:, None] < rows[None, :], pairs, 0.0).to(OPERAND)
-            asked = (q * up).to(OPERAND)
+            near = tl.where(rows[:, None] < rows[None, :], pairs, 0.0).to(dtype)
+            asked = (q * up).to(dtype)
             state *= half
-            dk = tl.dot(v.to(OPERAND), state.to(OPERAND), input_precision=PRECISION)
+            dk = tl.dot(v, state.to(dtype), input_precision=PRECISION)
             dk = down * tl.dot(near, asked, acc=dk, input_precision=PRECISION)
-            state = half * tl.dot(tl.trans(do).to(OPERAND), asked, acc=state, input_precision=PRECISION)
+            state = half * tl.dot(tl.trans(do), asked, acc=state, input_precision=PRECISION)
         else:
             dk = tl.dot(v, state.to(dtype), input_precision=PRECISION) * _fade(total[None, :] - summed)
-            dk += _halved_sum(pairs, q, summed, True, OPERAND, CHUNK, TILE, LEVELS, PRECISION)
+            dk += _halved_sum(pairs, q, summed, True, dtype, CHUNK, TILE, LEVELS, PRECISION)
             state *= tl.exp(total.to(tl.float32))[None, :]
             state = tl.dot(tl.trans(do), (q * _fade(summed)).to(dtype), acc=state, input_precision=PRECISION)
         store_rows(written_ptr, k * dk, first, head, HEADS, K, rows, keys, valid)
@@ -413,7 +408,7 @@ def _queries_kernel(
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
     MILD: tl.constexpr,
-    OPERAND: tl.constexpr,
+    LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     EXACT: tl.constexpr = PRECISION == "ieee"
@@ -424,7 +419,7 @@ def _queries_kernel(
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
     start, size = piece_of(borders_ptr, borders_stride, piece)
     num_chunks = tl.cdiv(size, CHUNK)
-    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, EXACT) != MILD:
+    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, LIMIT) != MILD:
         return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
@@ -452,15 +447,15 @@ def _queries_kernel(
         own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
         if MILD:
             up, down, half = _around_middle(summed, total)
-            near = tl.where(rows[:, None] > rows[None, :], pairs, 0.0).to(OPERAND)
-            kept = (k * down).to(OPERAND)
+            near = tl.where(rows[:, None] > rows[None, :], pairs, 0.0).to(dtype)
+            kept = (k * down).to(dtype)
             state *= half
-            dq = tl.dot(do.to(OPERAND), state.to(OPERAND), input_precision=PRECISION)
+            dq = tl.dot(do, state.to(dtype), input_precision=PRECISION)
             dq = up * tl.dot(near, kept, acc=dq, input_precision=PRECISION)
-            state = half * tl.dot(tl.trans(v).to(OPERAND), kept, acc=state, input_precision=PRECISION)
+            state = half * tl.dot(tl.trans(v), kept, acc=state, input_precision=PRECISION)
         else:
             dq = tl.dot(do, state.to(dtype), input_precision=PRECISION) * _fade(summed)
-            dq += _halved_sum(pairs, k, summed, False, OPERAND, CHUNK, TILE, LEVELS, PRECISION)
+            dq += _halved_sum(pairs, k, summed, False, dtype, CHUNK, TILE, LEVELS, PRECISION)
             state *= tl.exp(total.to(tl.float32))[None, :]
             keep = (k * _fade(total[None, :] - summed)).to(dtype)
             state = tl.dot(tl.trans(v), keep, acc=state, input_precision=PRECISION)
@@ -492,9 +487,12 @@ class _Prepared(NamedTuple):
 
 
 def _shared_constants(k: Tensor, chunk: int) -> dict[str, object]:
-    # float16 has not the range of e^40: its undone decays are multiplied as float32.
-    operand = tl.bfloat16 if k.dtype == torch.bfloat16 else tl.float32
-    return {"CHUNK": chunk, "LEVELS": chunk.bit_length() - 1, "OPERAND": operand, "PRECISION": precision_of(k.dtype)}
+    return {
+        "CHUNK": chunk,
+        "LEVELS": chunk.bit_length() - 1,
+        "LIMIT": MILDEST[k.dtype],
+        "PRECISION": precision_of(k.dtype),
+    }
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits, ragged: Ragged) -> _Prepared:
@@ -507,13 +505,13 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
     totals = torch.empty(chunks.num_pieces, heads, key_dim, dtype=torch.float32, device=k.device)
     fades = totals.new_empty(chunks.num_pieces, heads)
-    tile = block_of(key_dim, launch.tile)
+    tile = tile_of(key_dim, launch.tile, k.dtype)
     # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
     for mild in (True, False):
         _prepare_kernel[(chunks.num_pieces * heads,)](
             q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
             K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild, num_warps=launch.num_warps,
-            num_stages=stages_of(launch.num_stages, tile, k.dtype), **_shared_constants(k, chunk),
+            num_stages=launch.num_stages, **_shared_constants(k, chunk),
         )  # fmt: skip
     assert chunks.first is not None
     first = chunks.first[:-1]
@@ -543,7 +541,7 @@ def _walk(
     borders = splits.borders if borders is None else borders
     heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
     launch = choose_launch("walk", key_dim, value_dim, v.dtype)
-    tile = block_of(value_dim, launch.tile)
+    tile = tile_of(value_dim, launch.tile, v.dtype)
     _walk_kernel[(splits.num_pieces * heads * cdiv(value_dim, tile),)](
         reads,
         writes,
@@ -596,7 +594,7 @@ def _joined(
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
     launch = choose_launch("walk", k.shape[2], v.shape[2], v.dtype)
-    tiles = cdiv(v.shape[2], block_of(v.shape[2], launch.tile))
+    tiles = cdiv(v.shape[2], tile_of(v.shape[2], launch.tile, v.dtype))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
@@ -702,12 +700,12 @@ def backward(
 
     def run(name: str, kernel: Any, *results: Tensor | None) -> None:
         launch = choose_launch(name, key_dim, value_dim, k.dtype)
-        tile = block_of(key_dim, launch.tile)
+        tile = tile_of(key_dim, launch.tile, k.dtype)
         for mild in (True, False):
             kernel[(splits.num_pieces * heads * cdiv(key_dim, tile),)](
                 q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), scale, HEADS=heads,
                 K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
-                num_warps=launch.num_warps, num_stages=stages_of(launch.num_stages, tile, k.dtype),
+                num_warps=launch.num_warps, num_stages=launch.num_stages,
                 **_shared_constants(k, launch.chunk),
             )  # fmt: skip
 
