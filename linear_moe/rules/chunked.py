@@ -38,6 +38,9 @@ NUMBERS_A_PART = 2**17
 """Numbers of v that are worked on at a time where nothing is kept for a backward pass. At K = V = 64 in float32, 512 KB a
 tensor: half of that spends as much on calls as it saves, four times that leaves the caches (2x slower)."""
 
+TENSORS_A_PART = 16
+"""Tensors of a part's size that the workspace has room for: no form needs more than 14 where K = V."""
+
 MILD_EXPONENT = 8.0
 """Sums of log decays down to -8 leave an exponential of their float32 differences off by no more than some roundings."""
 
@@ -62,7 +65,8 @@ def chunked(
         The reads `[S, H, V]` and the final state `[N, H, K, V]`.
     """
     chunks = cut(segments, _chunk_length(form, tokens, segments), tokens.v.shape[1])
-    work = Workspace(tokens.v, reused=segments.dense and not torch.is_grad_enabled())
+    reuses = segments.dense and not torch.is_grad_enabled()
+    work = Workspace(tokens.v, TENSORS_A_PART * min(NUMBERS_A_PART, tokens.v.numel()) if reuses else None)
     scan = _Scan(form, tokens, chunks, work, scale)
     state = initial_state.flatten(0, 1)
     if isinstance(chunks, PackedChunks) or not work.reused:
