@@ -22,8 +22,8 @@ from linear_moe.rules.validate import check_cu_seqlens, check_scan_inputs, check
 IMPLS = ("auto", "triton", "chunked", "recurrent")
 LARGEST_KERNEL_DIM = 256
 TRUSTED_KERNEL_DTYPES = (torch.bfloat16,)
-"""In which `auto` takes the kernels. Of the others fixed shapes are within the error budget on a GPU, and drawn ones have yet to
-be seen so; by name they run."""
+"""In which `auto` takes the kernels. In the others fixed shapes are within the error budget on a GPU, and drawn ones have yet
+to be seen so; by name they run."""
 _told: set[str] = set()
 
 
