@@ -36,8 +36,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint in the format of flash-linear-attention to a model of ours.
 
-    Reads MoM and Gated DeltaNet, GLA, RetNet, Mamba2 and Transformer, and writes model.safetensors and config.yaml. What can't be
-    represented exactly is an error that names the option.
+    Reads MoM and Gated DeltaNet, GLA, RetNet, Mamba2 and Transformer; writes model.safetensors and config.yaml. What can't
+    be represented exactly is an error that names the option.
 
     Example: linear-moe convert MoM-Gated-Deltanet-1.3B models/mom-1.3b
     """

@@ -12,6 +12,8 @@ from linear_moe.models.convert.gated_deltanet import whole
 from linear_moe.models.convert.options import Options
 
 UNLIMITED = [0.0, float("inf")]
+UNLIMITED_IN_JSON = [0.0, {"__float__": "Infinity"}]
+"""How transformers 5 writes an infinity."""
 DEFAULTS = {
     "D_has_hdim": False,
     "conv_kernel": 4,
@@ -79,10 +81,7 @@ def mixer(options: Options) -> dict[str, Any]:
     options.only("use_bias", False)
     options.only("rmsnorm", True)
     options.only("D_has_hdim", False)
-    limit = options.value("dt_limit")
-    # How transformers 5 writes an infinity.
-    plain = [float(one["__float__"]) if isinstance(one, dict) and "__float__" in one else one for one in limit or ()]
-    if plain != UNLIMITED:
+    if options.value("dt_limit") not in (UNLIMITED, UNLIMITED_IN_JSON):
         raise options.error("dt_limit", "can't be represented; [0, Infinity] can")
     size = sizes(options)
     return {

@@ -16,6 +16,7 @@ DEFAULTS = {
     "expand_k": 1.0,
     "expand_v": 2.0,
     "feature_map": None,
+    "hidden_ratio": 2,
     "hidden_size": 2048,
     "num_heads": 8,
     "num_hidden_layers": 24,
