@@ -73,6 +73,21 @@ def test_the_released_gated_deltanets_are_representable(hidden: int, heads: int,
     assert mixture.num_parameters() - one.num_parameters() == 24 * hidden * (4 * memory_rows + 4)
 
 
+def test_attention_stands_where_a_hybrid_lists_it() -> None:
+    sizes = {"model_type": "gla", "hidden_size": 32, "num_heads": 2, "vocab_size": 9, "num_hidden_layers": 6}
+    kinds = [
+        {"layers": [1, 2], "num_heads": 4},
+        {"layers": [5], "num_heads": 2, "window_size": 7, "rope_theta": 50000.0},
+    ]
+    ours = settings(**sizes, attn=kinds)
+    assert ours.layers == "layer recall*2 layer*2 recall_2"
+    assert [ours.blocks[name].mixer.num_heads for name in ("recall", "recall_2")] == [4, 2]  # type: ignore[union-attr]
+    assert (ours.blocks["recall_2"].mixer.window, ours.blocks["recall_2"].mixer.rope_base) == (7, 50000.0)  # type: ignore[union-attr]
+    # Of one kind throughout, or of none.
+    assert list(settings(**sizes, attn={"layers": list(range(6)), "num_heads": 4}).blocks) == ["recall"]
+    assert settings(**sizes, attn={"layers": [], "num_heads": 4}).layers == "layer*6"
+
+
 def papers_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As the paper's own code stores it: gate and up in one matrix, and a skip that nobody reads."""
     result = {name: tensor for name, tensor in tensors.items() if "up_proj" not in name}
