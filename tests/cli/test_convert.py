@@ -54,7 +54,7 @@ def test_a_checkpoint_becomes_a_model_that_the_other_commands_take(checkpoint: P
     assert result.exit_code == 0, result.output
     model = read_model_folder(tmp_path / "ours")
     count = f"{model.num_parameters():,}"
-    assert f"transformer: {count} parameters, {count} active a token, in float32; layers layer" in result.stdout
+    assert f"transformer: {count} parameters, {count} active a token, in float32; layers attention" in result.stdout
     assert "rounded" not in result.stdout
     assert f"model: {tmp_path / 'ours'}" in result.stdout
     assert run("explain", tmp_path / "ours" / "config.yaml").exit_code == 0

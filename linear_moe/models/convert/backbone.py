@@ -25,8 +25,8 @@ DEFAULTS = {
     "vocab_size": 32000,
 }
 FEED_FORWARD_DEFAULTS = {"hidden_act": "swish", "hidden_ratio": 4, "intermediate_size": None}
-OWN, RECALL = "layer", "recall"
-"""Our names of the family's block, and of a hybrid's attention blocks."""
+RECALL = "recall"
+"""Our name of a hybrid's attention blocks."""
 
 
 def read_options(family: Family, source: SourceFolder) -> Options:
@@ -48,11 +48,13 @@ def read_config(family: Family, options: Options, name: str) -> ModelConfig:
     options.only("attnres_block_size", None)
     hidden, num_layers = options.integer("hidden_size"), options.integer("num_hidden_layers")
     ffn = _feed_forward(options) if family.names.ffn_norm is not None else {"type": "none"}
-    blocks = {OWN: {"mixer": family.mixer(options), "ffn": ffn}}
-    layers = [OWN] * num_layers
-    for index, (mixer, places) in enumerate(_attention(family, options, hidden, num_layers)):
+    mixer = family.mixer(options)
+    own = "attention" if mixer["type"] == "attention" else "memory"
+    blocks = {own: {"mixer": mixer, "ffn": ffn}}
+    layers = [own] * num_layers
+    for index, (recall, places) in enumerate(_attention(family, options, hidden, num_layers)):
         block = RECALL if index == 0 else f"{RECALL}_{index + 1}"
-        blocks[block] = {"mixer": mixer, "ffn": ffn}
+        blocks[block] = {"mixer": recall, "ffn": ffn}
         for place in places:
             layers[place] = block
     declared = {

@@ -26,7 +26,7 @@ class Conversion(NamedTuple):
     tensors: dict[str, Tensor]
     """The state of the model that `config` declares, in the checkpoint's dtype; a rule's gate parameters float32."""
     narrowed: list[str]
-    """Names of tensors that were stored in a wider dtype than they have now."""
+    """Names of tensors that were stored in a dtype that the one they have now does not hold."""
 
 
 def read_checkpoint(
@@ -56,7 +56,9 @@ def read_checkpoint(
         )
     model = build_model(config, device="meta", dtype=dtype or came["embedding.weight"].dtype)
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    narrowed = [name for name, tensor in came.items() if tensor.dtype.itemsize > wanted[name].itemsize]
+    narrowed = [
+        name for name, tensor in came.items() if torch.promote_types(tensor.dtype, wanted[name]) != wanted[name]
+    ]
     tensors = {name: tensor.to(wanted[name]) for name, tensor in came.items()}
     return Conversion(family.model_type, config, tensors, narrowed)
 

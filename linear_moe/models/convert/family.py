@@ -111,6 +111,11 @@ def pack(layer: nn.Module, parts: MixerParts) -> dict[str, Tensor]:
     return tensors | {f"gate_parameters.{name}": tensor for name, tensor in parts.rule.items()}
 
 
+def constant(value: int, *shape: int) -> Tensor:
+    """A tensor of what the peer has no parameter for. Of whole numbers, which every floating-point dtype holds."""
+    return torch.full(shape, value, dtype=torch.int8)
+
+
 def repeat_heads(tensor: Tensor, num_heads: int, copies: int) -> Tensor:
     """`[num_heads * C, ...]` to `[num_heads * copies * C, ...]`: each head `copies` times in a row.
 

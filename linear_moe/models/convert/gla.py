@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from linear_moe.models.convert.family import Family, MixerParts, Weights, pack, repeat_heads
+from linear_moe.models.convert.family import Family, MixerParts, Weights, constant, pack, repeat_heads
 from linear_moe.models.convert.gated_deltanet import whole
 from linear_moe.models.convert.options import Options
 from linear_moe.models.convert.short_conv import take_convs
@@ -88,7 +87,7 @@ def linear_parts(weights: Weights, options: Options) -> MixerParts:
         stored = weights.take(f"{name}_proj.weight", size.num_kv_heads * head_width, hidden)
         return [repeat_heads(stored, size.num_kv_heads, size.copies)]
 
-    norm = torch.ones(size.head_value_dim)
+    norm = constant(1, size.head_value_dim)
     if options.truth("elementwise_affine"):
         # The two names are of one norm, with its gate fused into the kernel or not.
         fused = "g_norm_swish_gate.weight"

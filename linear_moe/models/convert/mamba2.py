@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from linear_moe.models.convert.family import Family, MixerParts, Names, Weights, pack
+from linear_moe.models.convert.family import Family, MixerParts, Names, Weights, constant, pack
 from linear_moe.models.convert.gated_deltanet import whole
 from linear_moe.models.convert.options import Options
 
@@ -105,7 +104,7 @@ def mixer_tensors(weights: Weights, layer: nn.Module, options: Options) -> dict[
     names = ("x", "B", "C")
     conv = weights.take_conv("conv1d.weight", sum(widths), taps).split(widths)
     biased = options.truth("use_conv_bias")
-    bias = weights.take("conv1d.bias", sum(widths)) if biased else torch.zeros(sum(widths))
+    bias = weights.take("conv1d.bias", sum(widths)) if biased else constant(0, sum(widths))
     parts = MixerParts(
         {"x": [x], "B": [b], "C": [c], "dt": [dt]},
         norm=weights.take("norm.weight", size.width),

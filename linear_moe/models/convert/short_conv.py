@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from linear_moe.models.convert.family import Weights
+from linear_moe.models.convert.family import Weights, constant
 from linear_moe.models.convert.options import Options
 
 
@@ -23,4 +22,4 @@ def take_convs(weights: Weights, options: Options, widths: dict[str, int]) -> di
     taps = conv_width(options)
     if options.truth("use_short_conv"):
         return {name: weights.take_conv(f"{name}_conv1d.weight", width, taps) for name, width in widths.items()}
-    return {name: torch.ones(width, 1) for name, width in widths.items()}
+    return {name: constant(1, width, 1) for name, width in widths.items()}

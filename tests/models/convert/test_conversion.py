@@ -44,7 +44,7 @@ def test_the_released_1_3b_mixture_is_the_shipped_configuration() -> None:
     assert model.num_parameters() == 1_618_419_904 and model.num_active_parameters() == 1_416_306_880
     shapes = [{name: t.shape for name, t in one.state_dict().items()} for one in (model, shipped)]
     assert shapes[0] == shapes[1]
-    mixer = ours.blocks["layer"].mixer
+    mixer = ours.blocks["memory"].mixer
     assert mixer.balance_weight == pytest.approx(
         load_config("mom-1.3b").blocks["memory"].mixer.balance_weight, rel=1e-5
     )  # type: ignore[union-attr]
@@ -80,12 +80,12 @@ def test_attention_stands_where_a_hybrid_lists_it() -> None:
         {"layers": [5], "num_heads": 2, "window_size": 7, "rope_theta": 50000.0},
     ]
     ours = settings(**sizes, attn=kinds)
-    assert ours.layers == "layer recall*2 layer*2 recall_2"
+    assert ours.layers == "memory recall*2 memory*2 recall_2"
     assert [ours.blocks[name].mixer.num_heads for name in ("recall", "recall_2")] == [4, 2]  # type: ignore[union-attr]
     assert (ours.blocks["recall_2"].mixer.window, ours.blocks["recall_2"].mixer.rope_base) == (7, 50000.0)  # type: ignore[union-attr]
     # Of one kind throughout, or of none.
     assert list(settings(**sizes, attn={"layers": list(range(6)), "num_heads": 4}).blocks) == ["recall"]
-    assert settings(**sizes, attn={"layers": [], "num_heads": 4}).layers == "layer*6"
+    assert settings(**sizes, attn={"layers": [], "num_heads": 4}).layers == "memory*6"
 
 
 def papers_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +150,31 @@ def test_another_dtype_and_what_it_rounds(saved: dict[str, Path], tmp_path: Path
     assert read_checkpoint(mixed, dtype=torch.float32).narrowed == []
     with pytest.raises(ValueError, match=r"dtype must be one of .*, got torch.int8"):
         read_checkpoint(mixed, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "family, options, gone",
+    [
+        ("gated_deltanet", {"use_short_conv": False}, "conv1d"),
+        ("gla", {"elementwise_affine": False}, "g_norm"),
+        ("mamba2", {"use_conv_bias": False}, "conv1d.bias"),
+    ],
+)
+def test_what_stands_for_a_missing_parameter_rounds_nothing(
+    saved: dict[str, Path], tmp_path: Path, altered: Alter, family: str, options: dict[str, Any], gone: str
+) -> None:
+    def without(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items() if gone not in name}
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        source = altered(
+            saved[family], tmp_path / str(dtype), options, lambda tensors, dtype=dtype: without(tensors, dtype)
+        )
+        conversion = read_checkpoint(source)
+        assert conversion.narrowed == []
+        stored = {tensor.dtype for name, tensor in conversion.tensors.items() if "gate_parameters" not in name}
+        assert stored == {dtype}
+    assert read_checkpoint(tmp_path / "torch.float16", dtype=torch.bfloat16).narrowed, "neither holds the other"
 
 
 def test_a_tied_head_is_checked(peer: Any, tmp_path: Path, altered: Alter) -> None:
