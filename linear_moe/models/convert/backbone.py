@@ -148,7 +148,9 @@ def _attention(
             raise own.error("layers", f"must list layers from 0 to {num_layers - 1}, each once")
         seen |= set(places)
         mixer = attention(own, hidden)
-        own.finish()
+        if unknown := own.unknown():
+            name, hint = next(iter(unknown.items()))
+            raise ValueError(f"{own.source}: unknown key {name}; {hint}".rstrip("; "))
         if places:
             yield mixer, places
 

@@ -47,7 +47,7 @@ def read_checkpoint(
     folder = SourceFolder(Path(source))
     family = find_family(folder.config, folder.config_path)
     options = read_options(family, folder)
-    config = read_config(family, options, folder.folder.resolve().name)
+    config = read_config(family, options, folder.folder.absolute().name)
     options.finish(ignore)
     came = read_tensors(family, options, folder, build_model(config, device="meta"))
     if left := folder.untaken():

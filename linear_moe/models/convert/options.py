@@ -95,14 +95,18 @@ class Options:
                 raise ValueError(f"{self.source}: {name} can't be ignored: the conversion reads it")
             if name not in self._data:
                 raise ValueError(f"{self.source}: {name} can't be ignored: there is no such key")
-        known = frozenset(self._defaults) | self._without_effect | frozenset(ignore)
-        for name in self._data:
-            if name not in known:
-                near = choices(name, sorted(self._defaults)).partition("allowed:")[0]
+        for name, hint in self.unknown().items():
+            if name not in ignore:
                 raise ValueError(
-                    f"{self.source}: unknown key {name} = {_json(self._data[name])}; {near}if it changes nothing of what the "
+                    f"{self.source}: unknown key {name} = {_json(self._data[name])}; {hint}if it changes nothing of what the "
                     f"model computes, ignore it: --ignore {name}"
                 )
+
+    def unknown(self) -> dict[str, str]:
+        """The keys that are neither read nor known to have no effect, each with the nearest that is read."""
+        known = frozenset(self._defaults) | self._without_effect
+        near = {name: choices(name, sorted(self._defaults)) for name in self._data if name not in known}
+        return {name: text.partition("allowed:")[0] for name, text in near.items()}
 
 
 def _json(value: Any) -> str:

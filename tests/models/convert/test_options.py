@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from linear_moe.models.convert import read_checkpoint
+from linear_moe.models.convert import FAMILIES, backbone, read_checkpoint
+from linear_moe.models.convert.options import WITHOUT_EFFECT, Options
 
 HYBRID = {"layers": [1], "num_heads": 4}
 
@@ -35,7 +36,8 @@ HYBRID = {"layers": [1], "num_heads": 4}
         ("gated_deltanet", {"attn": HYBRID | {"layers": [2]}}, "attn: layers = [2] must list layers from 0 to 1, each once"),
         ("gated_deltanet", {"attn": [HYBRID, HYBRID]}, "attn: layers = [1] must list layers from 0 to 1, each once"),
         ("gated_deltanet", {"attn": HYBRID | {"qkv_bias": True}}, "attn: qkv_bias = true can't be represented; false can"),
-        ("gated_deltanet", {"attn": HYBRID | {"alibi": True}}, "attn: unknown key alibi = true"),
+        ("gated_deltanet", {"attn": HYBRID | {"alibi": True}}, "attn: unknown key alibi"),
+        ("gated_deltanet", {"attn": HYBRID | {"window_sise": 3}}, "unknown key window_sise; did you mean 'window_size'?"),
         ("gated_deltanet", {"attn": {"layers": [1]}}, "attn: num_heads = null (the default) must be a whole number"),
         ("gla", {"clamp_min": -1.0}, "clamp_min = -1.0 can't be represented; null can"),
         ("gla", {"feature_map": "relu"}, "feature_map = 'relu' can't be represented; null can"),
@@ -93,3 +95,24 @@ def test_an_unknown_key_can_be_ignored_and_a_known_one_can_not(
         read_checkpoint(source, ignore=["remark", "clamp_min"])
     with pytest.raises(ValueError, match="remrak can't be ignored: there is no such key"):
         read_checkpoint(source, ignore=["remark", "remrak"])
+
+
+@pytest.mark.parametrize("family", ["mom", "gated_deltanet", "gla", "retnet", "mamba2", "transformer"])
+def test_every_option_that_is_known_is_read(
+    saved: dict[str, Path], tmp_path: Path, altered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Known and not read would be ignored in silence; having an effect and being listed as without would be, too."""
+    read: set[str] = set()
+    value = Options.value
+
+    def recorded(options: Options, name: str) -> Any:
+        read.add(name)
+        return value(options, name)
+
+    monkeypatch.setattr(Options, "value", recorded)
+    read_checkpoint(saved[family])
+    feed_forward = set() if family == "mamba2" else backbone.FEED_FORWARD_DEFAULTS.keys()
+    declared = FAMILIES[family]
+    known = backbone.DEFAULTS.keys() | feed_forward | declared.defaults.keys()
+    assert read == known
+    assert not known & (WITHOUT_EFFECT | set(declared.without_effect))
