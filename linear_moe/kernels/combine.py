@@ -27,15 +27,18 @@ LARGEST_VALUE_DIM = 256
 class Launch(NamedTuple):
     """Launch parameters of a kernel."""
 
-    tile: int
-    """Numbers of a program's tile: rows times V, rounded up to a power of two."""
-    num_warps: int
+    numbers: int
+    """Of a token's H * V that a thread holds, where a token has that many."""
+    tokens: int
+    """Tokens of a program, one after the other: one row of partial sums of the norm's gradient."""
 
 
-# Not measured on a GPU yet. Derived: both passes wait for memory only. A thread loads 16 numbers a slot, 32 bytes in 16 bits, so
-# that at F = 3 a warp has 4 KiB under way; a row of 256 channels is one warp's, and its sums need no shared memory.
-FORWARD = Launch(tile=2048, num_warps=4)
-BACKWARD = Launch(tile=2048, num_warps=4)
+# Not measured on a GPU yet. Derived: both passes only wait for memory. 8 numbers in 16 bits are one load a thread and slot; a
+# token of 1024 numbers is 4 warps, and a head of 256 channels one warp, whose sums need no shared memory. At 8 tokens a
+# program the partial sums are 1% of the backward pass's traffic (F = 3), and 32,768 tokens still are several waves.
+FORWARD = Launch(numbers=8, tokens=1)
+BACKWARD = Launch(numbers=8, tokens=8)
+MOST_WARPS = 16
 
 
 class Gradients(NamedTuple):
@@ -48,40 +51,33 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _real_of(valid_ptr, token, exists):
-    """Which tokens are not pads."""
-    real = exists
+def _real_heads(valid_ptr, token, HEADS: tl.constexpr):
+    """How many heads of a token are read: none of a pad's."""
+    heads = HEADS
     if valid_ptr is not None:
-        real = exists & (tl.load(valid_ptr + token, mask=exists, other=0) != 0)
-    return real
+        heads = tl.where(tl.load(valid_ptr + token) != 0, HEADS, 0)
+    return heads
 
 
 @triton.jit
-def _slot_offsets(place_ptr, slot, head, exists, column, HEADS: tl.constexpr, V: tl.constexpr):
-    """Where the channels of one head of each slot lie, among the reads as among their gradients."""
-    place = tl.load(place_ptr + slot, mask=exists, other=0)
-    return ((place * HEADS + head) * V)[:, None] + column[None, :]
-
-
-@triton.jit
-def _weigh(x, weights_ptr, slot, exists):
-    """Rows times their slots' weights, which are 1 if there are none."""
+def _weight_of(weights_ptr, slot):
+    """Of a slot: 1 if there are none."""
+    weight = 1.0
     if weights_ptr is not None:
-        x = x * tl.load(weights_ptr + slot, mask=exists, other=0.0)[:, None]
-    return x
+        weight = tl.load(weights_ptr + slot)
+    return weight
 
 
 @triton.jit
-def _mix(
-    reads_ptr, place_ptr, weights_ptr, token, head, exists, inside, column, eps, FAN_OUT: tl.constexpr, HEADS: tl.constexpr,
-    V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _normed(
+    reads_ptr, place_ptr, weights_ptr, first_slot, at, inside, eps, SLOTS: tl.constexpr, SIZE: tl.constexpr, V: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """u of one head of each token, and the norm's factor, 1 / sqrt(mean(x^2) + eps)."""
-    x = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for f in tl.static_range(FAN_OUT):
-        slot = token * FAN_OUT + f
-        at = _slot_offsets(place_ptr, slot, head, exists, column, HEADS, V)
-        x += _weigh(tl.load(reads_ptr + at, mask=inside, other=0.0).to(tl.float32), weights_ptr, slot, exists)
+    """The u of a token's heads, and the norm's factor, 1 / sqrt(mean(x^2) + eps)."""
+    x = tl.zeros((HEADS_BLOCK, COLUMNS), tl.float32)
+    for f in tl.static_range(SLOTS):
+        read = tl.load(reads_ptr + tl.load(place_ptr + first_slot + f) * SIZE + at, mask=inside, other=0.0)
+        x += _weight_of(weights_ptr, first_slot + f) * read.to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, 1) / V + eps)
     return x * factor[:, None], factor
 
@@ -90,94 +86,90 @@ def _mix(
 def _sigmoids(z):
     """Of z and of -z, without an exponential that could overflow."""
     fading = tl.exp(-tl.abs(z))
-    total = 1.0 + fading
-    return tl.where(z >= 0, 1.0, fading) / total, tl.where(z >= 0, fading, 1.0) / total
+    larger = 1.0 / (1.0 + fading)
+    smaller = fading * larger
+    return tl.where(z >= 0, larger, smaller), tl.where(z >= 0, smaller, larger)
 
 
 @triton.jit
 def _forward_kernel(
-    reads_ptr, place_ptr, weights_ptr, gate_ptr, norm_weight_ptr, valid_ptr, output_ptr, num_rows, eps,
-    FAN_OUT: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    reads_ptr, place_ptr, weights_ptr, gate_ptr, norm_weight_ptr, valid_ptr, output_ptr, eps, SLOTS: tl.constexpr,
+    HEADS: tl.constexpr, V: tl.constexpr, HEADS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    exists = row < num_rows
-    token, head = row // HEADS, row % HEADS
-    real = _real_of(valid_ptr, token, exists)
+    SIZE: tl.constexpr = HEADS * V
+    token = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, COLUMNS)
     in_row = column < V
-    inside = real[:, None] & in_row[None, :]
-    normed, _ = _mix(
-        reads_ptr, place_ptr, weights_ptr, token, head, exists, inside, column, eps, FAN_OUT, HEADS, V, ROWS, COLUMNS
+    at = head[:, None] * V + column[None, :]
+    inside = (head < _real_heads(valid_ptr, token, HEADS))[:, None] & in_row[None, :]
+    normed, _ = _normed(
+        reads_ptr, place_ptr, weights_ptr, token * SLOTS, at, inside, eps, SLOTS, SIZE, V, HEADS_BLOCK, COLUMNS
     )
-    at = row[:, None] * V + column[None, :]
-    z = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(gate_ptr + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
     norm_weight = tl.load(norm_weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    output = normed * norm_weight[None, :] * (z * _sigmoids(z)[0])
-    output = tl.where(inside, output, 0.0).to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + at, output, mask=exists[:, None] & in_row[None, :])
+    output = tl.where(inside, normed * norm_weight[None, :] * (z * _sigmoids(z)[0]), 0.0)
+    written = (head < HEADS)[:, None] & in_row[None, :]
+    tl.store(output_ptr + token * SIZE + at, output.to(output_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit
 def _backward_kernel(
     d_output_ptr, reads_ptr, place_ptr, weights_ptr, gate_ptr, norm_weight_ptr, valid_ptr, d_reads_ptr, d_weights_ptr,
-    d_gate_ptr, d_norm_ptr, num_tokens, eps, FAN_OUT: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
+    d_gate_ptr, d_norm_ptr, num_tokens, eps, TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr,
+    V: tl.constexpr, SLOTS_BLOCK: tl.constexpr, HEADS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    SIZE: tl.constexpr = HEADS * V
     program = tl.program_id(0).to(tl.int64)
-    token = program * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    choice = tl.arange(0, CHOICES)
-    exists = token < num_tokens
-    real = _real_of(valid_ptr, token, exists)
+    first_token = program * TOKENS
+    slot, head, column = tl.arange(0, SLOTS_BLOCK), tl.arange(0, HEADS_BLOCK), tl.arange(0, COLUMNS)
     in_row = column < V
-    inside = real[:, None] & in_row[None, :]
-    written = exists[:, None] & in_row[None, :]
+    at = head[:, None] * V + column[None, :]
+    written = (head < HEADS)[:, None] & in_row[None, :]
     norm_weight = tl.load(norm_weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    d_norm = tl.zeros((COLUMNS,), tl.float32)
-    d_weights = tl.zeros((ROWS, CHOICES), tl.float32)
-    for head in range(0, HEADS):
-        normed, factor = _mix(
-            reads_ptr, place_ptr, weights_ptr, token, head, exists, inside, column, eps, FAN_OUT, HEADS, V, ROWS, COLUMNS
+    d_norm = tl.zeros((HEADS_BLOCK, COLUMNS), tl.float32)
+    for step in range(tl.minimum(num_tokens - first_token, TOKENS).to(tl.int32)):
+        token = first_token + step
+        first_slot = token * SLOTS
+        inside = (head < _real_heads(valid_ptr, token, HEADS))[:, None] & in_row[None, :]
+        normed, factor = _normed(
+            reads_ptr, place_ptr, weights_ptr, first_slot, at, inside, eps, SLOTS, SIZE, V, HEADS_BLOCK, COLUMNS
         )
-        at = ((token * HEADS + head) * V)[:, None] + column[None, :]
-        z = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        d_output = tl.load(d_output_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        open_, shut = _sigmoids(z)
-        gated = d_output * (z * open_)
-        d_norm += tl.sum(tl.where(inside, gated * normed, 0.0), 0)
+        z = tl.load(gate_ptr + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        d_output = tl.load(d_output_ptr + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        up, down = _sigmoids(z)
+        d_gate = tl.where(inside, d_output * normed * norm_weight[None, :] * (up * (1.0 + z * down)), 0.0)
+        tl.store(d_gate_ptr + token * SIZE + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=written)
+        gated = d_output * (z * up)
+        d_norm += tl.where(inside, gated * normed, 0.0)
         d_normed = gated * norm_weight[None, :]
         along = tl.sum(d_normed * normed, 1) / V
         d_x = tl.where(inside, (d_normed - normed * along[:, None]) * factor[:, None], 0.0)
-        d_gate = d_output * normed * norm_weight[None, :] * (open_ * (1.0 + z * shut))
-        # Before anything is stored: the compiler then keeps the reads from above, where they are few, and loads nothing twice.
+        # The reads a second time, from the cache. The gradient stored in between keeps the compiler from holding them in
+        # registers instead: at F = 3 and 8 numbers a thread that is 94 registers against 145.
         if d_weights_ptr is not None:
-            for f in tl.static_range(FAN_OUT):
-                reads_at = _slot_offsets(place_ptr, token * FAN_OUT + f, head, exists, column, HEADS, V)
-                read = tl.load(reads_ptr + reads_at, mask=inside, other=0.0).to(tl.float32)
-                d_weights += tl.where(choice[None, :] == f, tl.sum(d_x * read, 1)[:, None], 0.0)
-        for f in tl.static_range(FAN_OUT):
-            slot = token * FAN_OUT + f
-            reads_at = _slot_offsets(place_ptr, slot, head, exists, column, HEADS, V)
-            d_read = tl.where(inside, _weigh(d_x, weights_ptr, slot, exists), 0.0)
-            tl.store(d_reads_ptr + reads_at, d_read.to(d_reads_ptr.dtype.element_ty), mask=written)
-        d_gate = tl.where(inside, d_gate, 0.0).to(d_gate_ptr.dtype.element_ty)
-        tl.store(d_gate_ptr + at, d_gate, mask=written)
-    if d_weights_ptr is not None:
-        weights_at = token[:, None] * FAN_OUT + choice[None, :]
-        tl.store(d_weights_ptr + weights_at, d_weights, mask=exists[:, None] & (choice < FAN_OUT)[None, :])
-    tl.store(d_norm_ptr + program * V + column, d_norm, mask=in_row)
+            d_weights = tl.zeros((SLOTS_BLOCK,), tl.float32)
+            for f in tl.static_range(SLOTS):
+                place = tl.load(place_ptr + first_slot + f)
+                read = tl.load(reads_ptr + place * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+                d_weights = tl.where(slot == f, tl.sum(tl.sum(d_x * read, 1), 0), d_weights)
+            tl.store(d_weights_ptr + first_slot + slot, d_weights, mask=slot < SLOTS)
+        for f in tl.static_range(SLOTS):
+            place = tl.load(place_ptr + first_slot + f)
+            d_read = tl.where(inside, _weight_of(weights_ptr, first_slot + f) * d_x, 0.0)
+            tl.store(d_reads_ptr + place * SIZE + at, d_read.to(d_reads_ptr.dtype.element_ty), mask=written)
+    tl.store(d_norm_ptr + program * V + column, tl.sum(d_norm, 0), mask=in_row)
 
 
-def _sizes(reads: Tensor, place: Tensor, num_tokens: int, launch: Launch) -> dict[str, int]:
-    _, heads, value_dim = reads.shape
-    columns = 1 << (value_dim - 1).bit_length()
+def _sizes(reads: Tensor, num_tokens: int, launch: Launch) -> dict[str, int]:
+    slots, heads, value_dim = reads.shape
+    heads_block, columns = 1 << (heads - 1).bit_length(), 1 << (value_dim - 1).bit_length()
     return {
-        "FAN_OUT": place.numel() // num_tokens,
+        "SLOTS": slots // num_tokens,
         "HEADS": heads,
         "V": value_dim,
-        "ROWS": max(launch.tile // columns, 1),
+        "HEADS_BLOCK": heads_block,
         "COLUMNS": columns,
-        "num_warps": launch.num_warps,
+        "num_warps": min(max(heads_block * columns // (32 * launch.numbers), 1), MOST_WARPS),
     }
 
 
@@ -189,22 +181,18 @@ def forward(
     `place` is `[R]` int64, `weights` `[S, F]` float32, `norm_weight` `[V]`, `valid` `[S]` bool. Everything is contiguous.
     """
     output = gate.new_empty(gate.shape)
-    if output.numel() == 0:
-        return output
-    sizes = _sizes(reads, place, gate.shape[0], FORWARD)
-    num_rows = gate.shape[0] * sizes["HEADS"]
-    _forward_kernel[(cdiv(num_rows, sizes["ROWS"]),)](
-        reads,
-        place,
-        weights,
-        gate,
-        norm_weight,
-        None if valid is None else valid.view(torch.uint8),
-        output,
-        num_rows,
-        eps,
-        **sizes,
-    )
+    if output.numel():
+        _forward_kernel[(gate.shape[0],)](
+            reads,
+            place,
+            weights,
+            gate,
+            norm_weight,
+            None if valid is None else valid.view(torch.uint8),
+            output,
+            eps,
+            **_sizes(reads, gate.shape[0], FORWARD),
+        )
     return output
 
 
@@ -218,10 +206,8 @@ def backward(
     d_weights = None if weights is None else weights.new_empty(weights.shape)
     if gate.numel() == 0:
         return Gradients(d_reads, d_weights, d_gate, torch.zeros_like(norm_weight))
-    sizes = _sizes(reads, place, num_tokens, BACKWARD)
-    num_programs = cdiv(num_tokens, sizes["ROWS"])
-    # A row of sums a program, and one sum of the rows.
-    d_norm = norm_weight.new_empty(num_programs, sizes["V"], dtype=torch.float32)
+    num_programs = cdiv(num_tokens, BACKWARD.tokens)
+    d_norm = norm_weight.new_empty(num_programs, norm_weight.shape[0], dtype=torch.float32)
     _backward_kernel[(num_programs,)](
         d_output,
         reads,
@@ -236,7 +222,8 @@ def backward(
         d_norm,
         num_tokens,
         eps,
-        **sizes,
-        CHOICES=1 << (sizes["FAN_OUT"] - 1).bit_length(),
+        TOKENS=BACKWARD.tokens,
+        SLOTS_BLOCK=1 << (reads.shape[0] // num_tokens - 1).bit_length(),
+        **_sizes(reads, num_tokens, BACKWARD),
     )
     return Gradients(d_reads, d_weights, d_gate, d_norm.sum(0).to(norm_weight.dtype))

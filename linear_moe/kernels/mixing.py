@@ -32,9 +32,9 @@ def _(memory, sequence, num_states, num_sequences):
 def plan_slots(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) -> SlotPlan:
     """Sort slots stably by (memory, sequence), and count them by memory. Nothing waits for the device.
 
-    Slot s * F + f is token s's use of `memory[s, f]`. Where the sequences of the tokens that are no pads do not decrease, as those
-    of rows and of packed documents never do, the plan is that of a stable sort of `memory * num_sequences + sequence` with
-    pads behind everything; elsewhere it is not. That, and whether the memories are below `num_states`, is not looked at.
+    Slot s * F + f is token s's use of `memory[s, f]`. The sequences of the tokens that are no pads must not decrease, as those of
+    rows and of packed documents never do: the plan is then that of a stable sort of `memory * num_sequences + sequence` with
+    pads behind everything. That, and whether the memories are below `num_states`, is not looked at.
 
     Args:
         memory: `[S, F]` int64, from 0 to `num_states - 1`; of a pad, anything.
@@ -126,8 +126,8 @@ def combine_reads(
         valid: `[S]` bool, or None for all: a pad reads 0, whatever stands at its places, and gives no gradient.
 
     Returns:
-        `[S, H * V]` in the dtype of the gate, made in float32. Differentiable in the reads, the weights, the gate and the norm's
-        weight; the same input gives the same bits.
+        `[S, H * V]` in the dtype of the gate, made in float32. Differentiable in the reads, the weights, the gate and the
+        norm's weight; the same input gives the same bits.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -140,7 +140,7 @@ def combine_reads(
     tokens = gate.shape[0] if gate.dim() else 0
     fan_out = slots // max(tokens, 1)
     if slots != tokens * fan_out or bool(slots) != bool(tokens):
-        raise ValueError(f"reads must have a multiple of the gate's {tokens} tokens as rows, got {slots}")
+        raise ValueError(f"reads must have a row for each of F slots of the gate's {tokens} tokens, got {slots}")
     for name, tensor, shape, meaning, dtypes in (
         ("reads", reads, (slots, heads, value_dim), "[R, H, V]", _FLOATS),
         ("place", place, (slots,), "[R]", (torch.int64,)),
@@ -157,8 +157,13 @@ def combine_reads(
 
 
 def _check(
-    name: str, tensor: Tensor, shape: tuple[int, ...] | None, meaning: str, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:  # fmt: skip
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | None,
+    meaning: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
     if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {meaning} = {list(shape)}, got shape {list(tensor.shape)}")
     if tensor.dtype not in dtypes:

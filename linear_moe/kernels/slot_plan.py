@@ -2,8 +2,8 @@
 
 Tokens come sequence by sequence, so slots that are sorted stably by memory alone are sorted by sequence too: there are as
 many bins as memories, and one for pads, however many sequences there are. Every block of slots counts its bins; a walk along
-the blocks says where each block's slots of each bin begin; a slot's place is that, plus the slots of its bin before it in its block.
-Where a sequence begins among the slots of a memory is found by bisection.
+the blocks says where each block's slots of each bin begin; a slot's place is that, and as many further as its block has slots of
+its bin before it. Where a sequence begins among the slots of a memory is found by bisection.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-# Not measured on a GPU yet. Derived: at 65,536 to 100,000 slots a block of 256 makes 2 to 3 programs a multiprocessor, and a
-# walk is one or two steps; a tile takes 32 to 64 comparisons a thread.
-LAUNCH = Launch(block=256, columns=32, bins=32, blocks=1024, borders=256, num_warps=4)
+# Not measured on a GPU yet. Derived: a block of 256 is a thread a slot, and at 65,536 to 100,000 slots 2 to 3 programs a
+# multiprocessor; all of a walk is then one step. Compared with 32 at once a slot would take 117 registers, with 16 it takes 64.
+LAUNCH = Launch(block=256, columns=16, bins=32, blocks=1024, borders=256, num_warps=8)
 MOST_SLOTS = 2**31 - 1
 """Counts are int32."""
 
