@@ -18,7 +18,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @operator("slot_plan")
-def _plan(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan(
+    memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(memory):
         return tuple(slot_plan.sort(memory, sequence, num_states, num_sequences))  # type: ignore[return-value]
 
