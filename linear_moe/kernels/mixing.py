@@ -34,9 +34,9 @@ def _(memory, sequence, num_states, num_sequences):
 def plan_slots(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) -> SlotPlan:
     """Sort slots stably by (memory, sequence), and count them by memory. Nothing waits for the device.
 
-    Slot s * F + f is token s's use of `memory[s, f]`. The sequences of the tokens that are no pads must not decrease, as those of
-    rows and of packed documents never do: the plan is then that of a stable sort of `memory * num_sequences + sequence` with
-    pads behind everything. That, and whether the memories are below `num_states`, is not looked at.
+    Slot s * F + f is token s's use of `memory[s, f]`. The sequences of the tokens that are no pads must not decrease, as those
+    of rows and of packed documents never do: the plan is then that of a stable sort of `memory * num_sequences + sequence`
+    with pads behind everything. That, and whether the memories are below `num_states`, is not looked at.
 
     Args:
         memory: `[S, F]` int64, from 0 to `num_states - 1`; of a pad, anything.

@@ -2,8 +2,8 @@
 
 Tokens come sequence by sequence, so slots that are sorted stably by memory alone are sorted by sequence too: there are as
 many bins as memories, and one for pads, however many sequences there are. Every block of slots counts its bins; a walk along
-the blocks says where each block's slots of each bin begin; a slot's place is that, and as many further as its block has slots of
-its bin before it. Where a sequence begins among the slots of a memory is found by bisection.
+the blocks says where each block's slots of each bin begin; a slot's place is as many after that as its block has slots of its
+bin before it. Where a sequence begins among the slots of a memory is found by bisection.
 """
 
 from __future__ import annotations

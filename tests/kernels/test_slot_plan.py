@@ -199,7 +199,7 @@ BUGS = {
     "a walk begins again with every step": Bug(slot_plan, "carry += tl.sum(count, 0)", "carry += 0"),
     "pads are the first memory's": Bug(slot_plan, "num_sequences, memory, num_states)", "num_sequences, memory, 0)"),
     "a token of too many slots": Bug(
-        slot_plan, "tl.load(sequence_ptr + slot // FAN_OUT, mask=exists", "tl.load(sequence_ptr + slot // (FAN_OUT + 1), mask=exists"
+        slot_plan, "sequence_ptr + slot // FAN_OUT, mask=exists", "sequence_ptr + slot // (FAN_OUT + 1), mask=exists"
     ),
     "a sequence begins behind its tokens": Bug(slot_plan, "other=0) < sequence\n", "other=0) <= sequence\n"),
     "a search of too few steps": Bug(slot_plan, "num_slots.bit_length()", "num_slots.bit_length() - 4"),
