@@ -18,6 +18,7 @@ from seeding import Bug, in_the_interpreter, seed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn import functional
 
 from linear_moe.kernels import combine, mixing
 from linear_moe.layers.norms import GatedRMSNorm
@@ -99,18 +100,28 @@ def results(run: Any, case: Case, inputs: Inputs, wide: bool = False) -> dict[st
 
 
 def terms(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """The numbers that the gradients of reads and weights are differences of: the norm takes out what lies along x."""
+    """What the results are sums and differences of, each number without its sign: the norm takes out what lies along x."""
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     S, F, H, V = case.tokens, case.fan_out, case.heads, case.V
     reads = wide["reads"][wide["place"]].reshape(S, F, H, V)
     weights = wide.get("weights", torch.ones(S, F, dtype=torch.float64, device=DEVICE))[..., None, None]
-    mixed = (weights * reads).sum(1)
-    factor = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + case.eps)
+    factor = torch.rsqrt((weights * reads).sum(1).square().mean(-1, keepdim=True) + case.eps)
+    normed = factor * (weights * reads).abs().sum(1)
     gate, d_output = (wide[name].reshape(S, H, V) for name in ("gate", "d_output"))
-    d_normed = (d_output * torch.nn.functional.silu(gate) * wide["norm_weight"]).abs()
-    normed = (mixed * factor).abs()
+    gated, norm_weight, opened = (
+        (d_output * functional.silu(gate)).abs(),
+        wide["norm_weight"].abs(),
+        torch.sigmoid(gate),
+    )
+    d_normed = gated * norm_weight
     d_mixed = (factor * (d_normed + normed * (d_normed * normed).mean(-1, keepdim=True)))[:, None]
-    return {"d_reads": weights * d_mixed, "d_weights": (d_mixed * reads.abs()).sum((-1, -2))}
+    return {
+        "output": normed * norm_weight * functional.silu(gate).abs(),
+        "d_reads": weights * d_mixed,
+        "d_weights": (d_mixed * reads.abs()).sum((-1, -2)),
+        "d_gate": d_output.abs() * normed * norm_weight * opened * (1 + gate.abs() * (1 - opened)),
+        "d_norm_weight": (gated * normed).sum((0, 1)),
+    }
 
 
 def check(case: Case, inputs: Inputs | None = None) -> None:
