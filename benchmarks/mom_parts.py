@@ -136,7 +136,7 @@ def combine_parts(shape: Shape) -> list[Part]:
 
     outputs = ours(), theirs()
     for one, other in zip((outputs[0], *gradients(outputs[0])), (outputs[1], *gradients(outputs[1])), strict=True):
-        apart = float((one.float() - other.float()).abs().max() / other.float().abs().max())
+        apart = float(((one.float() - other.float()).abs().max() / other.float().abs().max()).detach())
         if not apart < 0.02:
             sys.exit(f"the combine is wrong at {shape}: {list(one.shape)} differs by {apart:.3g} of its largest")
     # Only what a kernel is handed: autograd's own part takes host time that a graph has not.

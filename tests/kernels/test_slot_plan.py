@@ -51,7 +51,7 @@ def expected(slots: Slots) -> SlotPlan:
     real = sequence < num_sequences
     groups = torch.where(real[:, None], memory * num_sequences + sequence[:, None], num_states * num_sequences)
     plan = sort_slots(groups.flatten(), num_states * num_sequences)
-    counts = (memory[real].flatten()[:, None] == torch.arange(num_states, device=DEVICE)).sum(0)
+    counts = torch.bincount(memory[real].flatten(), minlength=num_states)
     return SlotPlan(plan.order, plan.place, plan.cu_seqlens, counts)
 
 
