@@ -198,33 +198,34 @@ def measure(part: Part, shape: Shape) -> dict[str, object]:
 
 
 @contextmanager
-def launched(module: Any, name: str, value: object) -> Iterator[None]:
-    """Another entry in a module's launch table."""
-    before = getattr(module, name)
-    setattr(module, name, value)
+def launched(module: Any, value: object) -> Iterator[None]:
+    """Other launch parameters of a module."""
+    before, module.LAUNCH = module.LAUNCH, value
     try:
         yield
     finally:
-        setattr(module, name, before)
+        module.LAUNCH = before
 
 
 def tuned(shape: Shape) -> list[dict[str, object]]:
     """Every entry of the grids, fastest first within a part."""
     parts = {part.name: part for part in (plan_part(shape, 0), *combine_parts(shape))}
-    combines = [combine.Launch(*each) for each in itertools.product((4, 8, 16), (1, 2, 4, 8, 16))]
-    grids: list[tuple[str, Any, str, list[Any]]] = [
-        ("combine, forward", combine, "FORWARD", combines[::5]),
-        ("combine, backward", combine, "BACKWARD", combines),
-        ("plan, skew 0", slot_plan, "LAUNCH", [
+    grids: list[tuple[str, Any, list[Any]]] = [
+        ("combine, forward", combine, [combine.LAUNCH._replace(forward=numbers) for numbers in (4, 8, 16)]),
+        ("combine, backward", combine, [
+            combine.LAUNCH._replace(backward=numbers, tokens=tokens)
+            for numbers, tokens in itertools.product((4, 8, 16), (1, 2, 4, 8, 16))
+        ]),
+        ("plan, skew 0", slot_plan, [
             slot_plan.LAUNCH._replace(block=block, columns=columns, num_warps=warps)
             for block, columns, warps in itertools.product((128, 256, 512), (8, 16, 32), (4, 8))
         ]),
     ]  # fmt: skip
     rows = []
-    for name, module, entry, values in grids:
+    for name, module, values in grids:
         times: list[tuple[float, object]] = []
         for value in values:
-            with launched(module, entry, value):
+            with launched(module, value):
                 time = captured(parts[name].ours)
             if time is not None:
                 times.append((time, value))

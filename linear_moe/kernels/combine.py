@@ -25,19 +25,20 @@ LARGEST_VALUE_DIM = 256
 
 
 class Launch(NamedTuple):
-    """Launch parameters of a kernel."""
+    """Launch parameters of both passes."""
 
-    numbers: int
-    """Of a token's H * V that a thread holds, where a token has that many."""
+    forward: int
+    """Numbers of a token's H * V that a thread holds forward, where a token has so many."""
+    backward: int
+    """The same backward."""
     tokens: int
-    """Tokens of a program, one after the other: one row of partial sums of the norm's gradient."""
+    """Tokens of a program backward, one after the other: they share one row of partial sums of the norm's gradient."""
 
 
 # Not measured on a GPU yet. Derived: both passes only wait for memory. 8 numbers in 16 bits are one load a thread and slot; a
 # token of 1024 numbers is 4 warps, and a head of 256 channels one warp, whose sums need no shared memory. At 8 tokens a
 # program the partial sums are 1% of the backward pass's traffic (F = 3), and 32,768 tokens still are several waves.
-FORWARD = Launch(numbers=8, tokens=1)
-BACKWARD = Launch(numbers=8, tokens=8)
+LAUNCH = Launch(forward=8, backward=8, tokens=8)
 MOST_WARPS = 16
 
 
@@ -160,7 +161,7 @@ def _backward_kernel(
     tl.store(d_norm_ptr + program * V + column, tl.sum(d_norm, 0), mask=in_row)
 
 
-def _sizes(reads: Tensor, num_tokens: int, launch: Launch) -> dict[str, int]:
+def _sizes(reads: Tensor, num_tokens: int, numbers: int) -> dict[str, int]:
     slots, heads, value_dim = reads.shape
     heads_block, columns = 1 << (heads - 1).bit_length(), 1 << (value_dim - 1).bit_length()
     return {
@@ -169,7 +170,7 @@ def _sizes(reads: Tensor, num_tokens: int, launch: Launch) -> dict[str, int]:
         "V": value_dim,
         "HEADS_BLOCK": heads_block,
         "COLUMNS": columns,
-        "num_warps": min(max(heads_block * columns // (32 * launch.numbers), 1), MOST_WARPS),
+        "num_warps": min(max(heads_block * columns // (32 * numbers), 1), MOST_WARPS),
     }
 
 
@@ -191,7 +192,7 @@ def forward(
             None if valid is None else valid.view(torch.uint8),
             output,
             eps,
-            **_sizes(reads, gate.shape[0], FORWARD),
+            **_sizes(reads, gate.shape[0], LAUNCH.forward),
         )
     return output
 
@@ -206,7 +207,7 @@ def backward(
     d_weights = None if weights is None else weights.new_empty(weights.shape)
     if gate.numel() == 0:
         return Gradients(d_reads, d_weights, d_gate, torch.zeros_like(norm_weight))
-    num_programs = cdiv(num_tokens, BACKWARD.tokens)
+    num_programs = cdiv(num_tokens, LAUNCH.tokens)
     d_norm = norm_weight.new_empty(num_programs, norm_weight.shape[0], dtype=torch.float32)
     _backward_kernel[(num_programs,)](
         d_output,
@@ -222,8 +223,8 @@ def backward(
         d_norm,
         num_tokens,
         eps,
-        TOKENS=BACKWARD.tokens,
+        TOKENS=LAUNCH.tokens,
         SLOTS_BLOCK=1 << (reads.shape[0] // num_tokens - 1).bit_length(),
-        **_sizes(reads, num_tokens, BACKWARD),
+        **_sizes(reads, num_tokens, LAUNCH.backward),
     )
     return Gradients(d_reads, d_weights, d_gate, d_norm.sum(0).to(norm_weight.dtype))

@@ -165,8 +165,8 @@ def test_drawn_shapes_are_within_the_budget(case: Case) -> None:
         Case(9, heads=17, V=1),
         Case(9, fan_out=1, heads=1, V=1, weighted=False),
         Case(2, fan_out=9, heads=1, V=100),
-        Case(combine.BACKWARD.tokens, pads=False),
-        Case(2 * combine.BACKWARD.tokens + 1, pads=False),
+        Case(combine.LAUNCH.tokens, pads=False),
+        Case(2 * combine.LAUNCH.tokens + 1, pads=False),
     ],
     ids=str,
 )
@@ -180,7 +180,7 @@ def test_no_token() -> None:
     assert not made["d_norm_weight"].any()
 
 
-PADDED = Case(combine.BACKWARD.tokens + 3, fan_out=3, heads=3, V=5)
+PADDED = Case(combine.LAUNCH.tokens + 3, fan_out=3, heads=3, V=5)
 EXAMPLES = {"padded": PADDED, "unweighted": replace(PADDED, pads=False, weighted=False)}
 every_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES)
 
