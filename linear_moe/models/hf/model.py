@@ -117,8 +117,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         )
         if input_ids is None:
             raise ValueError("input_ids is required")
-        if cache is not None and not isinstance(cache, LinearMoECache):
-            raise ValueError(f"cache must be a LinearMoECache, got {type(cache).__name__}")
+        _check_cache(cache)
         padding_mask = _padding_mask(attention_mask, input_ids, 0 if cache is None else cache.num_columns)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
@@ -195,6 +194,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
                 f"cache_implementation must be None: the model has one kind of cache, its state; "
                 f"got {generation_config.cache_implementation!r}"
             )
+        _check_cache(model_kwargs.get("cache"))
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = LinearMoECache()
 
@@ -259,6 +259,11 @@ def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise ValueError(f"{name} is not supported, got {type(value).__name__}")
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, LinearMoECache):
+        raise ValueError(f"cache must be a LinearMoECache, got {type(cache).__name__}")
 
 
 def _padding_mask(attention_mask: Tensor | None, input_ids: Tensor, num_columns: int) -> Tensor | None:
