@@ -132,7 +132,7 @@ def test_a_streamer_gets_every_token_as_it_comes() -> None:
 
 
 def test_prefill_in_chunks_is_prefill(model: Any) -> None:
-    tokens, mask = pad(several(7, 5))
+    tokens, mask = pad(several(7, 2))
     expected = model.generate(tokens, attention_mask=mask, **GREEDY)
     assert torch.equal(model.generate(tokens, attention_mask=mask, **GREEDY, prefill_chunk_size=3), expected)
 
@@ -203,6 +203,7 @@ def test_the_mask_of_a_whole_text_goes_with_its_last_tokens() -> None:
         ({"cache": DynamicCache()}, "cache must be a LinearMoECache, got DynamicCache"),
         ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported with stateful models"),
         ({"position_idz": 1}, "position_idz"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "attention_mask must end with a real token in every row"),
     ],
 )
 def test_what_can_not_be_is_refused_in_words(options: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -54,7 +54,7 @@ class LinearMoEConfig(PreTrainedConfig):  # type: ignore[misc]
 
     model_type = "linear_moe"
     # A cache is no prediction that an evaluation should gather.
-    keys_to_ignore_at_inference = ("cache",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     model: Any
     use_cache: bool = True

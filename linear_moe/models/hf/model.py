@@ -121,7 +121,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         padding_mask = _padding_mask(attention_mask, input_ids, 0 if cache is None else cache.num_columns)
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
-        if cache is None and use_cache and not (self.is_activation_checkpointing and self.training):
+        if cache is None and use_cache:
             cache = LinearMoECache()
         state = None if cache is None else cache.state_for(self.model, input_ids.shape[0])
         hidden = self.model.hidden(input_ids, padding_mask=padding_mask, state=state)
@@ -195,6 +195,12 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
                 f"got {generation_config.cache_implementation!r}"
             )
         _check_cache(model_kwargs.get("cache"))
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask must end with a real token in every row: pad prompts on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = LinearMoECache()
 
