@@ -53,6 +53,22 @@ def test_left_padded_prompts_are_continued_as_alone(model: Any) -> None:
         assert torch.equal(continued[:, 6:], expected)
 
 
+def test_no_mask_goes_with_tokens_that_were_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked step would come to the same, by a longer way."""
+    model = make("mom full")
+    tokens, mask = pad(several(6, 2))
+    masks, run = [], model.model.hidden
+
+    def watched(tokens: torch.Tensor, *, padding_mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        masks.append(padding_mask)
+        return run(tokens, padding_mask=padding_mask, **options)
+
+    monkeypatch.setattr(model.model, "hidden", watched)
+    model.generate(tokens, attention_mask=mask, **GREEDY)
+    assert torch.equal(masks[0], mask.bool())
+    assert masks[1:] == [None] * (NEW - 1)
+
+
 def test_the_mask_is_read_off_the_pad_token() -> None:
     model = make("mom full", dtype=torch.float64)
     texts = [text.clamp_min(1) for text in several(5, 3)]

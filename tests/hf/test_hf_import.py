@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import linear_moe
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import linear_moe.hf
+from linear_moe.models import build_model
 
 ROOT = Path(linear_moe.__file__).resolve().parent.parent
 
 
-def test_the_import_registers_with_the_auto_classes(run_python: Callable[..., str]) -> None:
-    code = """
-import linear_moe.hf
-from transformers import AutoConfig, AutoModelForCausalLM
-config = AutoConfig.for_model("linear_moe", model="recall-mom")
-print(type(AutoModelForCausalLM.from_config(config)).__name__, type(config).__name__)
-"""
-    assert run_python(code, ROOT).strip() == "LinearMoEForCausalLM LinearMoEConfig"
+def test_the_import_registers_with_the_auto_classes() -> None:
+    config = AutoConfig.for_model("linear_moe", model="recall-mom")
+    assert type(config) is linear_moe.hf.LinearMoEConfig
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert type(model) is linear_moe.hf.LinearMoEForCausalLM
+    expected = build_model(config.declaration(), dtype=torch.bfloat16).state_dict()
+    assert {name: tensor.dtype for name, tensor in model.model.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+
+
+def test_every_public_name_is_there() -> None:
+    assert {name for name in linear_moe.hf.__all__ if hasattr(linear_moe.hf, name)} == set(linear_moe.hf.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'LinearMoE'"):
+        linear_moe.hf.LinearMoE  # noqa: B018
 
 
 def test_without_transformers_it_says_what_to_install(run_python: Callable[..., str]) -> None:
