@@ -163,7 +163,18 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0, 5, 300])
+@pytest.mark.parametrize("shard_size", ["1MB", "2KB"])
+def test_a_variant_is_looked_at_under_its_name(shard_size: str, tmp_path: Path) -> None:
+    model = make("mom full")
+    model.save_pretrained(tmp_path, max_shard_size=shard_size, variant="other")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path, variant="other"), model)
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{shard.name}' is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, variant="other")
+
+
+@pytest.mark.parametrize("cut", [0, 5, 300, -1])
 def test_a_truncated_shard_is_named(cut: int, tmp_path: Path) -> None:
     saved(tmp_path, max_shard_size="2KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

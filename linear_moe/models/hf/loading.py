@@ -106,9 +106,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _with_variant(name: str, variant: str) -> str:
-    first, _, rest = name.partition(".")
-    # model.safetensors.index.json becomes model.safetensors.index.VARIANT.json, model.safetensors model.VARIANT.safetensors.
-    return f"{name.removesuffix('.json')}.{variant}.json" if rest.endswith(".json") else f"{first}.{variant}.{rest}"
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
 
 
 def _some(names: list[str]) -> str:

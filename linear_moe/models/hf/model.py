@@ -117,6 +117,8 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         )
         if input_ids is None:
             raise ValueError("input_ids is required")
+        if labels is not None:
+            _check_labels(labels, input_ids)
         _check_cache(cache)
         padding_mask = _padding_mask(attention_mask, input_ids, 0 if cache is None else cache.num_columns)
         if use_cache is None:
@@ -127,14 +129,14 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         hidden = self.model.hidden(input_ids, padding_mask=padding_mask, state=state)
         if cache is not None:
             cache.advance(input_ids.shape[1])
-        auxiliary = collect_auxiliary_losses(self.model)
+        # Out of training there are none, and looking through all parts would be felt in each step of decoding.
+        auxiliary = collect_auxiliary_losses(self.model) if self.training else hidden.new_zeros(())
 
         loss = None
         if labels is None:
             logits = self.model.logits(slice_logits_to_keep(hidden, logits_to_keep))
             logits = self.auxiliary(logits, auxiliary.to(logits.device))
         else:
-            _check_labels(labels, input_ids)
             every = self.model.logits(hidden)
             logits = slice_logits_to_keep(every, logits_to_keep)
             loss = next_token_loss(
