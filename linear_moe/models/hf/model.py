@@ -165,7 +165,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         # An adapter's folder holds no model, and transformers finds the one it belongs to.
         plain = pretrained_model_name_or_path is not None and not (folder / "adapter_config.json").is_file()
         if plain and folder.is_dir():
-            _check_folder(cls, folder, args, kwargs)
+            _check_folder(cls, folder, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if plain and getattr(model, "hf_quantizer", None) is None:
             refuse_other_tensors(str(pretrained_model_name_or_path), info["missing_keys"], info["unexpected_keys"])
@@ -251,7 +251,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             block._gradient_checkpointing_func = gradient_checkpointing_func  # type: ignore[assignment]
 
 
-def _check_folder(cls: type[LinearMoEForCausalLM], folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_folder(cls: type[LinearMoEForCausalLM], folder: Path, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("config")
     if not isinstance(config, LinearMoEConfig):
         config = cls.config_class.from_pretrained(folder if config is None else config)
