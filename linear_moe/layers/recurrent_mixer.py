@@ -149,6 +149,8 @@ class RecurrentMixer(nn.Module, ABC):
         gated = output_gate != "none"
         self.gate_proj = nn.Linear(hidden_size, value_width, bias=False, **factory) if gated else None
         self.out_proj = nn.Linear(value_width, hidden_size, bias=False, **factory)
+        # The class as it was written: wrappers (of adapters, of sharded training) change the class of a built module.
+        self._owner = f"{type(self).__name__} {layer_index} ({self.rule.name})"
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
@@ -356,16 +358,13 @@ class RecurrentMixer(nn.Module, ABC):
         conv_shape = self._conv_shape(batch_size)
         conv = None if conv_shape is None else torch.zeros(conv_shape, dtype=dtype, device=device)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return MemoryState(memory, conv, seen, self._owner())
-
-    def _owner(self) -> str:
-        return f"{type(self).__name__} {self.layer_index} ({self.rule.name})"
+        return MemoryState(memory, conv, seen, self._owner)
 
     def _check(self, x: Tensor, sequences: Sequences, state: MemoryState | None) -> None:
         check_input(x, self.hidden_size, self.out_proj.weight.dtype)
         if state is None:
             return
-        check_state(state, MemoryState, self._owner())
+        check_state(state, MemoryState, self._owner)
         dims = self.rule.dims
         shape = (sequences.num_sequences, self.num_states, dims.num_value_heads, *self.rule.state_shape())
         if tuple(state.memory.shape) != shape:
