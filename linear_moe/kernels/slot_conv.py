@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Launch parameters of what takes every row by itself."""
+    """Launch parameters without a walk."""
 
     numbers: int
     """Of a tile, rows times channels."""
@@ -66,7 +66,7 @@ FORWARD = Launch(channels=256, length=64, ahead=2, channels_per_warp=256)
 BACKWARD = Launch(channels=256, length=256, ahead=2, channels_per_warp=256)
 INTERPRETED_WALKS = 64
 COPY = Copy(numbers=2048, channels=256, num_warps=4)
-"""The carried inputs, their gradient, and the sum over a token's slots."""
+"""Of what takes every row by itself."""
 
 
 def walks_of(launch: Launch, num_slots: int, device: torch.device) -> tuple[int, int]:
@@ -167,7 +167,15 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _gradient(d, z, SILU: tl.constexpr, NORM: tl.constexpr):
+def _over_heads(x, HEAD: tl.constexpr):
+    """The sum over each head's channels, at each of them."""
+    by_head = tl.reshape(x, (x.shape[0] * x.shape[1] // HEAD, HEAD))
+    total = tl.sum(by_head, 1)[:, None] + tl.zeros(by_head.shape, tl.float32)
+    return tl.reshape(total, x.shape)
+
+
+@triton.jit
+def _gradient(d, z, SILU: tl.constexpr, HEAD: tl.constexpr):
     """The loss's gradient by z, from that by the output. 0 where that is 0 along a head."""
     y = z
     slope = 1.0
@@ -175,10 +183,9 @@ def _gradient(d, z, SILU: tl.constexpr, NORM: tl.constexpr):
         sigmoid = _sigmoid(z)
         y = z * sigmoid
         slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
-    if NORM:
-        shrink = 1.0 / tl.sqrt_rn(tl.sum(y * y, 1) + NORM_EPS)
-        along = tl.sum(d * y, 1) * shrink * shrink
-        d = shrink[:, None] * (d - y * along[:, None])
+    if HEAD > 0:
+        shrink = tl.rsqrt(_over_heads(y * y, HEAD) + NORM_EPS)
+        d = shrink * (d - y * (_over_heads(d * y, HEAD) * shrink * shrink))
     return d * slope
 
 
@@ -203,7 +210,7 @@ def _forward_kernel(
     AHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
-    NORM: tl.constexpr,
+    HEAD: tl.constexpr,
 ):
     channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, TILE, BLOCK)
     taps = _taps(weight_ptr, channels, in_channels, WIDTH)
@@ -231,8 +238,8 @@ def _forward_kernel(
         y = _convolved(window, x, taps, bias, WIDTH)
         if SILU:
             y *= _sigmoid(y)
-        if NORM:
-            y *= (1.0 / tl.sqrt_rn(tl.sum(y * y, 1) + NORM_EPS))[:, None]
+        if HEAD > 0:
+            y *= tl.rsqrt(_over_heads(y * y, HEAD) + NORM_EPS)
         if bias_ptr is not None:
             y = tl.where((rows < border)[:, None], y, 0.0)
         at = output_ptr + rows[:, None] * CHANNELS + channels[None, :]
@@ -278,7 +285,7 @@ def _backward_kernel(
     AHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
-    NORM: tl.constexpr,
+    HEAD: tl.constexpr,
 ):
     LATE: tl.constexpr = WIDTH - 1
     NUM_SUMS: tl.constexpr = WIDTH if bias_ptr is None else WIDTH + 1
@@ -326,7 +333,7 @@ def _backward_kernel(
                 x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
                 CHANNELS, WIDTH,
             )  # fmt: skip
-        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, NORM)
+        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, HEAD)
         if step < LENGTH:
             added = ()
             for tap in tl.static_range(LATE):
@@ -354,78 +361,6 @@ def _backward_kernel(
     for tap in tl.static_range(NUM_SUMS):
         at = sums_ptr + (runs * NUM_SUMS + tap)[:, None] * CHANNELS + channels[None, :]
         tl.store(at, sums[tap], mask=exists)
-
-
-@triton.jit
-def _carry_kernel(
-    x_ptr, source_ptr, state_ptr, cu_seqlens_ptr, carried_ptr, x_stride, num_segments, CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The last W inputs of each segment, of those before it too: of an empty one those alone, bit for bit."""
-    channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, BLOCK, BLOCK)
-    rows = run * ROWS + tl.arange(0, ROWS)
-    segment = rows // WIDTH
-    exists = segment < num_segments
-    begin = tl.load(cu_seqlens_ptr + segment, mask=exists, other=0)
-    length = tl.load(cu_seqlens_ptr + segment + 1, mask=exists, other=0) - begin
-    place = length - WIDTH + rows % WIDTH
-    own = exists & (place >= 0)
-    at = begin + place
-    if source_ptr is not None:
-        at = tl.load(source_ptr + at, mask=own, other=0)
-    at = at[:, None] * x_stride + channels[None, :]
-    value = tl.load(x_ptr + at, mask=own[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
-    if state_ptr is not None:
-        at = ((segment + 1) * WIDTH + place)[:, None] * CHANNELS + channels[None, :]
-        old = (exists & (place < 0))[:, None] & in_channels[None, :]
-        state = tl.load(state_ptr + at, mask=old, other=0.0).to(tl.float32)
-        value = tl.where(
-            old, tl.where((length > 0)[:, None], state.to(x_ptr.dtype.element_ty).to(tl.float32), state), value
-        )
-    at = carried_ptr + rows[:, None] * CHANNELS + channels[None, :]
-    tl.store(at, value.to(carried_ptr.dtype.element_ty), mask=exists[:, None] & in_channels[None, :])
-
-
-@triton.jit
-def _state_gradient_kernel(
-    d_output_ptr, d_carried_ptr, x_ptr, source_ptr, state_ptr, weight_ptr, bias_ptr, cu_seqlens_ptr, d_state_ptr,
-    x_stride, num_segments, CHANNELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """A segment a row: what its first W - 1 slots ask of the inputs before it, and what of them is carried on."""
-    channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, TILE, BLOCK)
-    taps = _taps(weight_ptr, channels, in_channels, WIDTH)
-    bias = _bias(bias_ptr, channels, in_channels)
-    segment = run * ROWS + tl.arange(0, ROWS)
-    exists = segment < num_segments
-    begin = tl.load(cu_seqlens_ptr + segment, mask=exists, other=0)
-    length = tl.load(cu_seqlens_ptr + segment + 1, mask=exists, other=0) - begin
-    gradients = _zeros(WIDTH, ROWS, BLOCK)
-    for place in tl.static_range(WIDTH - 1):
-        rows = begin + place
-        valid = place < length
-        window = _window(
-            x_ptr, x_stride, source_ptr, state_ptr, rows, tl.where(valid, segment, num_segments), begin, num_segments,
-            channels, in_channels, CHANNELS, WIDTH,
-        )  # fmt: skip
-        x = _load(x_ptr, x_stride, source_ptr, rows, valid, channels, in_channels).to(tl.float32)
-        d = _load(d_output_ptr, CHANNELS, None, rows, valid, channels, in_channels).to(tl.float32)
-        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, NORM)
-        added = ()
-        for row in tl.static_range(WIDTH):
-            if row > place:
-                added = added + (gradients[row] + d * taps[row - place - 1],)
-            else:
-                added = added + (gradients[row],)
-        gradients = added
-    for row in tl.static_range(WIDTH):
-        at = (segment * WIDTH + row)[:, None] * CHANNELS + channels[None, :]
-        mask = exists[:, None] & in_channels[None, :]
-        total = gradients[row]
-        if d_carried_ptr is not None:
-            kept = (row >= length)[:, None] & mask
-            total += tl.load(d_carried_ptr + at - length[:, None] * CHANNELS, mask=kept, other=0.0).to(tl.float32)
-        tl.store(d_state_ptr + at, total.to(d_state_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -487,16 +422,21 @@ class Conv(NamedTuple):
         """W"""
         return self.weight.shape[1]
 
-    def tile(self, channels: int) -> tuple[int, int]:
-        """Channels of a tile, a head's or `channels` at most, and the power of two that holds them."""
-        tile = self.head or min(self.channels, channels)
-        return tile, block_of(tile)
+    def tile(self, channels: int) -> tuple[int, int, int]:
+        """Channels of a tile, the power of two that holds them, and how many of that are a head; 0 without a norm."""
+        if self.head is None:
+            tile = min(self.channels, channels)
+            return tile, block_of(tile), 0
+        if self.head & (self.head - 1):
+            return self.head, block_of(self.head), block_of(self.head)
+        tile = min(self.channels, max(self.head, channels))
+        return tile, block_of(tile), self.head
 
 
 def forward(conv: Conv) -> Tensor:
     """The output `[R, C]` in the dtype of x."""
     output = conv.x.new_empty(conv.num_slots, conv.channels)
-    tile, block = conv.tile(FORWARD.channels)
+    tile, block, head = conv.tile(FORWARD.channels)
     walks, length = walks_of(FORWARD, conv.num_slots, conv.x.device)
     if conv.num_slots:
         _forward_kernel[(cdiv(conv.num_slots, walks * length) * cdiv(conv.channels, tile),)](
@@ -519,33 +459,10 @@ def forward(conv: Conv) -> Tensor:
             AHEAD=FORWARD.ahead,
             WIDTH=conv.width,
             SILU=conv.silu,
-            NORM=conv.head is not None,
+            HEAD=head,
             num_warps=FORWARD.num_warps(block, conv.width),
         )
     return output
-
-
-def carry(conv: Conv) -> Tensor:
-    """The new state `[N, W, C]` in the dtype of the old one, or of x without one."""
-    dtype = conv.x.dtype if conv.state is None else conv.state.dtype
-    carried = conv.x.new_empty(conv.num_segments, conv.width, conv.channels, dtype=dtype)
-    block = block_of(conv.channels, COPY.channels)
-    rows = COPY.numbers // block
-    _carry_kernel[(cdiv(conv.num_segments * conv.width, rows) * cdiv(conv.channels, block),)](
-        conv.x,
-        conv.source,
-        conv.state,
-        conv.cu_seqlens,
-        carried,
-        conv.x.stride(0),
-        conv.num_segments,
-        CHANNELS=conv.channels,
-        BLOCK=block,
-        ROWS=rows,
-        WIDTH=conv.width,
-        num_warps=COPY.num_warps,
-    )
-    return carried
 
 
 class Gradients(NamedTuple):
@@ -555,14 +472,13 @@ class Gradients(NamedTuple):
     """`[S, C]`"""
     weight: Tensor
     bias: Tensor | None
-    state: Tensor | None
 
 
 def backward(
-    conv: Conv, d_output: Tensor, d_carried: Tensor | None, place: Tensor | None, *, want_x: bool, want_state: bool
+    conv: Conv, d_output: Tensor, d_carried: Tensor | None, place: Tensor | None, *, want_x: bool
 ) -> Gradients:
     """The gradients. `place` `[S, F]` are the slots that read a row of x through `source`, negative where there are fewer."""
-    tile, block = conv.tile(BACKWARD.channels)
+    tile, block, head = conv.tile(BACKWARD.channels)
     walks, length = walks_of(BACKWARD, conv.num_slots, conv.x.device)
     runs = cdiv(conv.num_slots, length) if conv.num_slots else 0
     d_slots = conv.x.new_empty(conv.num_slots, conv.channels) if want_x else None
@@ -592,7 +508,7 @@ def backward(
             AHEAD=BACKWARD.ahead,
             WIDTH=conv.width,
             SILU=conv.silu,
-            NORM=conv.head is not None,
+            HEAD=head,
             num_warps=BACKWARD.num_warps(block, conv.width),
         )
     summed = sums.sum(0)
@@ -600,37 +516,7 @@ def backward(
         d_slots if d_slots is None or conv.source is None else _sum_slots(d_slots, place, conv.x.shape[0]),
         summed[: conv.width].T.to(conv.weight.dtype, memory_format=torch.contiguous_format),
         None if conv.bias is None else summed[conv.width].to(conv.bias.dtype),
-        _state_gradient(conv, d_output, d_carried) if want_state else None,
     )
-
-
-def _state_gradient(conv: Conv, d_output: Tensor, d_carried: Tensor | None) -> Tensor:
-    assert conv.state is not None
-    d_state = torch.empty_like(conv.state)
-    tile, block = conv.tile(COPY.channels)
-    rows = COPY.numbers // block
-    _state_gradient_kernel[(cdiv(conv.num_segments, rows) * cdiv(conv.channels, tile),)](
-        d_output,
-        d_carried,
-        conv.x,
-        conv.source,
-        conv.state,
-        conv.weight,
-        conv.bias,
-        conv.cu_seqlens,
-        d_state,
-        conv.x.stride(0),
-        conv.num_segments,
-        CHANNELS=conv.channels,
-        TILE=tile,
-        BLOCK=block,
-        ROWS=rows,
-        WIDTH=conv.width,
-        SILU=conv.silu,
-        NORM=conv.head is not None,
-        num_warps=COPY.num_warps,
-    )
-    return d_state
 
 
 def _sum_slots(d_slots: Tensor, place: Tensor | None, num_tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import slot_conv as kernels
+from linear_moe.kernels import slot_conv_state as carried_inputs
 from linear_moe.kernels.operator import operator
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,10 +19,6 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _or_none(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() else None
-
-
 @operator("slot_conv")
 def _slot_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, segment: Tensor, source: Tensor | None,
@@ -29,7 +26,7 @@ def _slot_conv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     conv = kernels.Conv(x, weight, bias, cu_seqlens, segment, source, state, silu, norm_heads)
     with torch.cuda.device_of(x):
-        return kernels.forward(conv), kernels.carry(conv) if want_state else _empty(x)
+        return kernels.forward(conv), carried_inputs.carry(conv) if want_state else _empty(x)
 
 
 @torch.library.register_fake("linear_moe::slot_conv")
@@ -47,12 +44,13 @@ def _slot_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     conv = kernels.Conv(x, weight, bias, cu_seqlens, segment, source, state, silu, norm_heads)
     with torch.cuda.device_of(x):
-        made = kernels.backward(conv, d_output, d_carried, place, want_x=want_x, want_state=want_state)
+        made = kernels.backward(conv, d_output, d_carried, place, want_x=want_x)
+        d_state = carried_inputs.state_gradient(conv, d_output, d_carried) if want_state else _empty(x)
     return (
         _empty(x) if made.x is None else made.x,
         made.weight,
         _empty(x) if made.bias is None else made.bias,
-        _empty(x) if made.state is None else made.state,
+        d_state,
     )
 
 
