@@ -317,8 +317,7 @@ def _backward_kernel(
         over = rows >= end
         if tl.max(over.to(tl.int32), 0) > 0:
             if d_x_ptr is not None:
-                # No later row adds to the last ones of the segment before.
-                cleared = ()
+                # No later row adds to the last ones of the segment before. What is left in the window of theirs is not stored.
                 for tap in tl.static_range(LATE):
                     earlier = rows - (LATE - tap)
                     stored = over & (earlier >= tl.maximum(begin, first)) & (earlier < past)
@@ -326,8 +325,6 @@ def _backward_kernel(
                         d_x_ptr, d_carried_ptr, d_window[tap], earlier, stored, segment, end, num_segments, channels,
                         in_channels, CHANNELS, WIDTH,
                     )  # fmt: skip
-                    cleared = cleared + (tl.where(over[:, None], 0.0, d_window[tap]),)
-                d_window = cleared
             segment, begin, end = _segment_of(segment_ptr, cu_seqlens_ptr, num_segments, rows, rows < num_slots)
             window = _window(
                 x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
@@ -514,7 +511,7 @@ def backward(
     summed = sums.sum(0)
     return Gradients(
         d_slots if d_slots is None or conv.source is None else _sum_slots(d_slots, place, conv.x.shape[0]),
-        summed[: conv.width].T.to(conv.weight.dtype, memory_format=torch.contiguous_format),
+        summed[: conv.width].T.contiguous().to(conv.weight.dtype),
         None if conv.bias is None else summed[conv.width].to(conv.bias.dtype),
     )
 
