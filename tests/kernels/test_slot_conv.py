@@ -554,12 +554,13 @@ BUGS = {
 @pytest.mark.parametrize("bug", [None, *BUGS])
 def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, seeded = (RAGGED, None) if bug is None else BUGS[bug]
-    for name, module in (("kernels", kernels), ("carried_inputs", carried_inputs)):
-        copy = seed(module, None if seeded is None or seeded.module is not module else seeded, tmp_path)
-        if hasattr(copy, "walks_of"):
-            # Runs shorter than the segments.
-            monkeypatch.setattr(copy, "walks_of", lambda launch, num_slots, device: (8, 5))
-        monkeypatch.setattr(operator, name, copy)
+    # Runs shorter than the segments.
+    walk(monkeypatch, 8, 5)
+    module = kernels if seeded is None else seeded.module
+    copy = seed(module, seeded, tmp_path)
+    if module is kernels:
+        monkeypatch.setattr(copy, "walks_of", kernels.walks_of)
+    monkeypatch.setattr(operator, "kernels" if module is kernels else "carried_inputs", copy)
     if bug is None:
         check(case)
         return
