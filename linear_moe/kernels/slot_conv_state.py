@@ -14,6 +14,7 @@ from linear_moe.kernels.blocks import block_of, cdiv
 from linear_moe.kernels.slot_conv import (
     COPY,
     Conv,
+    Copy,
     _bias,
     _channels_of,
     _convolved,
@@ -23,6 +24,9 @@ from linear_moe.kernels.slot_conv import (
     _window,
     _zeros,
 )
+
+# A thread has 8 channels. With 16 a W of 4 takes 200 registers; a W of 8, which is rare, spills with either.
+STATE_GRADIENT = Copy(numbers=1024, channels=256, num_warps=4)
 
 
 @triton.jit
@@ -124,8 +128,8 @@ def state_gradient(conv: Conv, d_output: Tensor, d_carried: Tensor | None) -> Te
     """The old state's gradient `[N, W, C]` in its dtype."""
     assert conv.state is not None
     d_state = torch.empty_like(conv.state)
-    tile, block, head = conv.tile(COPY.channels)
-    rows = COPY.numbers // block
+    tile, block, head = conv.tile(STATE_GRADIENT.channels)
+    rows = STATE_GRADIENT.numbers // block
     _state_gradient_kernel[(cdiv(conv.num_segments, rows) * cdiv(conv.channels, tile),)](
         d_output,
         d_carried,
@@ -145,6 +149,6 @@ def state_gradient(conv: Conv, d_output: Tensor, d_carried: Tensor | None) -> Te
         WIDTH=conv.width,
         SILU=conv.silu,
         HEAD=head,
-        num_warps=COPY.num_warps,
+        num_warps=STATE_GRADIENT.num_warps,
     )
     return d_state
