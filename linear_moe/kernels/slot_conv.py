@@ -253,14 +253,14 @@ def _forward_kernel(
 
 
 @triton.jit
-def _store_gradient(d_x_ptr, d_carried_ptr, d_x, rows, stored, segment, end, num_segments, channels, in_channels,
+def _store_gradient(d_x_ptr, d_x_stride, d_carried_ptr, d_x, rows, stored, segment, end, num_segments, channels, in_channels,
                     CHANNELS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Dx of rows that have it all but what comes through the new state."""
     if d_carried_ptr is not None:
         kept = stored & (segment < num_segments) & (rows >= end - WIDTH)
         at = ((segment + 1) * WIDTH + rows - end)[:, None] * CHANNELS + channels[None, :]
         d_x += tl.load(d_carried_ptr + at, mask=kept[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
-    at = d_x_ptr + rows[:, None] * CHANNELS + channels[None, :]
+    at = d_x_ptr + rows[:, None] * d_x_stride + channels[None, :]
     tl.store(at, d_x.to(d_x_ptr.dtype.element_ty), mask=stored[:, None] & in_channels[None, :])
 
 
@@ -278,6 +278,7 @@ def _backward_kernel(
     d_x_ptr,
     sums_ptr,
     x_stride,
+    d_x_stride,
     num_slots,
     num_segments,
     CHANNELS: tl.constexpr,
@@ -325,8 +326,8 @@ def _backward_kernel(
                     earlier = rows - (LATE - tap)
                     stored = over & (earlier >= tl.maximum(begin, first)) & (earlier < past)
                     _store_gradient(
-                        d_x_ptr, d_carried_ptr, d_window[tap], earlier, stored, segment, end, num_segments, channels,
-                        in_channels, CHANNELS, WIDTH,
+                        d_x_ptr, d_x_stride, d_carried_ptr, d_window[tap], earlier, stored, segment, end, num_segments,
+                        channels, in_channels, CHANNELS, WIDTH,
                     )  # fmt: skip
             segment, begin, end = _segment_of(segment_ptr, cu_seqlens_ptr, num_segments, rows, rows < num_slots)
             window = _window(
@@ -350,8 +351,8 @@ def _backward_kernel(
             earlier = rows - LATE
             stored = (earlier >= tl.maximum(begin, first)) & (earlier < past)
             _store_gradient(
-                d_x_ptr, d_carried_ptr, d_now[0], earlier, stored, segment, end, num_segments, channels, in_channels,
-                CHANNELS, WIDTH,
+                d_x_ptr, d_x_stride, d_carried_ptr, d_now[0], earlier, stored, segment, end, num_segments, channels,
+                in_channels, CHANNELS, WIDTH,
             )  # fmt: skip
             d_window = d_now[1:]
         if WIDTH > 1:
@@ -475,13 +476,23 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    conv: Conv, d_output: Tensor, d_carried: Tensor | None, place: Tensor | None, *, want_x: bool
+    conv: Conv,
+    d_output: Tensor,
+    d_carried: Tensor | None,
+    place: Tensor | None,
+    *,
+    want_x: bool,
+    d_x: Tensor | None = None,
 ) -> Gradients:
-    """The gradients. `place` `[S, F]` are the slots that read a row of x through `source`, negative where there are fewer."""
+    """The gradients.
+
+    `place` `[S, F]` are the slots that read a row of x through `source`, negative where there are fewer. `d_x` `[S, C]`, which
+    may be a range of columns, is written instead of a new tensor; without a source only.
+    """
     tile, block, head = conv.tile(BACKWARD.channels)
     walks, length = walks_of(BACKWARD, conv.num_slots, conv.x.device)
     runs = cdiv(conv.num_slots, length) if conv.num_slots else 0
-    d_slots = conv.x.new_empty(conv.num_slots, conv.channels) if want_x else None
+    d_slots = conv.x.new_empty(conv.num_slots, conv.channels) if want_x and d_x is None else d_x
     num_sums = conv.width + (conv.bias is not None)
     sums = conv.x.new_empty(runs, num_sums, conv.channels, dtype=torch.float32)
     if runs:
@@ -498,6 +509,7 @@ def backward(
             d_slots,
             sums,
             conv.x.stride(0),
+            0 if d_slots is None else d_slots.stride(0),
             conv.num_slots,
             conv.num_segments,
             CHANNELS=conv.channels,

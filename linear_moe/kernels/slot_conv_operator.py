@@ -139,7 +139,7 @@ def slot_conv(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    _check(x, weight, bias, cu_seqlens, source, place, segment, state, activation, norm_heads)
+    check_slot_conv(x, weight, bias, cu_seqlens, source, place, segment, state, activation, norm_heads)
     num_slots = x.shape[0] if source is None else source.shape[0]
     output, carried = _slot_conv(
         x if x.stride(1) == 1 else x.contiguous(),
@@ -157,7 +157,7 @@ def slot_conv(
     return output, carried if return_state else None
 
 
-def _check(
+def check_slot_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -169,6 +169,7 @@ def _check(
     activation: str | None,
     norm_heads: int | None,
 ) -> None:
+    """Raise ValueError for arguments of `slot_conv` that do not fit."""
     for name, tensor, dims, meaning in (
         ("x", x, 2, "[S, C]"),
         ("weight", weight, 2, "[C, W]"),
