@@ -3,9 +3,9 @@
     python benchmarks/conv_part.py --output conv_part.csv
 
 32,768 tokens in 3 memories each, 1024 channels in 4 heads, W = 4, bfloat16: once as a range of a fused projection's columns, a
-row a slot, and once read through the index of a projection that is made once a token. First both are held to the error budget
-in float64 on fewer tokens. The floor is the time in which 3.0 TB/s move what must be moved: forward the rows of x and the
-output, backward x, the output's gradient and x's.
+row a slot; once read through the index of a projection that is made once a token; and keys and values together, with the
+gradient of the whole projection. First both are held to the error budget in float64 on fewer tokens. The floor is the time in
+which 3.0 TB/s move what must be moved: forward the rows of x and the output, backward x, the output's gradient and x's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from linear_moe.kernels.slot_conv_columns import column_convs
 from linear_moe.kernels.slot_conv_operator import segment_of_slots, slot_conv
 from linear_moe.layers.routing import SlotPlan, sort_slots
 from linear_moe.layers.short_conv import activate, short_conv
@@ -37,19 +38,23 @@ FUSED_COLUMNS = 2 * CHANNELS + 8
 class Case(NamedTuple):
     """What is timed."""
 
-    indexed: bool
+    kind: str
+    """"rows", "indexed", or "columns": the ranges of keys and values, and the gates as they are."""
     segments: int
-    norm: bool
+    norm: bool = True
     tokens: int = TOKENS
 
+    @property
+    def convolved(self) -> int:
+        """C"""
+        return 2 * CHANNELS if self.kind == "columns" else CHANNELS
+
     def __str__(self) -> str:
-        kind = "indexed" if self.indexed else "a row a slot"
-        return f"{kind}, N = {self.segments}" + ("" if self.norm else ", no norm")
+        return f"{self.kind}, N = {self.segments}" + ("" if self.norm else ", no norm")
 
 
-CASES = [Case(indexed, segments, True) for indexed in (False, True) for segments in (40, 520)] + [
-    Case(False, 40, False)
-]
+CASES = [Case(kind, segments) for kind in ("rows", "indexed", "columns") for segments in (40, 520)]
+CASES.append(Case("rows", 40, norm=False))
 
 
 class Inputs(NamedTuple):
@@ -58,8 +63,8 @@ class Inputs(NamedTuple):
     x: Tensor
     """`[S, FUSED_COLUMNS]`, or `[S, C]` if it is indexed."""
     weight: Tensor
-    seed: Tensor
-    """The output's gradient."""
+    seeds: tuple[Tensor, ...]
+    """The outputs' gradients."""
     plan: SlotPlan
 
 
@@ -72,32 +77,40 @@ def draw(case: Case) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
 
-    x = normal(case.tokens, CHANNELS) if case.indexed else normal(slots, FUSED_COLUMNS)
-    weight = normal(CHANNELS, WIDTH) / WIDTH**0.5
-    return Inputs(x.requires_grad_(), weight.requires_grad_(), normal(slots, CHANNELS), plan)
+    x = normal(case.tokens, CHANNELS) if case.kind == "indexed" else normal(slots, FUSED_COLUMNS)
+    weight = normal(case.convolved, WIDTH) / WIDTH**0.5
+    widths = (CHANNELS, CHANNELS, FUSED_COLUMNS - 2 * CHANNELS) if case.kind == "columns" else (CHANNELS,)
+    return Inputs(x.requires_grad_(), weight.requires_grad_(), tuple(normal(slots, width) for width in widths), plan)
 
 
-Run = Callable[[Case, Inputs], Tensor]
+Run = Callable[[Case, Inputs], tuple[Tensor, ...]]
 
 
-def kernels(case: Case, inputs: Inputs) -> Tensor:
-    """The convolution alone: what several share, the slots' segments, is made beforehand."""
-    source, place = (
-        (inputs.plan.order // FAN_OUT, inputs.plan.place.view(-1, FAN_OUT)) if case.indexed else (None, None)
-    )
+def kernels(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """With the slots' segments, which several convolutions can share."""
+    borders, head = inputs.plan.cu_seqlens, HEAD if case.norm else None
+    segment = segment_of_slots(borders, case.tokens * FAN_OUT)
+    if case.kind == "columns":
+        widths, heads = (CHANNELS, CHANNELS), (head, None)
+        return column_convs(inputs.x, inputs.weight, None, borders, widths, heads, activation="silu", segment=segment)
+    indexed = case.kind == "indexed"
+    source, place = (inputs.plan.order // FAN_OUT, inputs.plan.place.view(-1, FAN_OUT)) if indexed else (None, None)
     output, _ = slot_conv(
-        inputs.x[:, :CHANNELS], inputs.weight, None, inputs.plan.cu_seqlens, source=source, place=place,
-        segment=segment_of_slots(inputs.plan.cu_seqlens, len(inputs.seed)), activation="silu",
-        norm_heads=HEAD if case.norm else None,
+        inputs.x[:, :CHANNELS], inputs.weight, None, borders, source=source, place=place, segment=segment,
+        activation="silu", norm_heads=head,
     )  # fmt: skip
-    return output
+    return (output,)
 
 
-def layers(case: Case, inputs: Inputs) -> Tensor:
+def layers(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     """As `RecurrentMixer` does it without kernels."""
-    x = gather_tokens(inputs.x, inputs.plan, FAN_OUT) if case.indexed else inputs.x[:, :CHANNELS]
-    output = activate(short_conv(x, inputs.weight, None, inputs.plan.cu_seqlens, None)[0], "silu")
-    return l2_norm(output.unflatten(-1, (-1, HEAD))).flatten(1) if case.norm else output
+    x = gather_tokens(inputs.x, inputs.plan, FAN_OUT) if case.kind == "indexed" else inputs.x
+    convolved, rest = x[:, : case.convolved], x[:, case.convolved :]
+    mixed = activate(short_conv(convolved, inputs.weight, None, inputs.plan.cu_seqlens, None)[0], "silu")
+    first, *others = mixed.split(CHANNELS, -1)
+    if case.norm:
+        first = l2_norm(first.unflatten(-1, (-1, HEAD))).flatten(1)
+    return (first, *(x.contiguous() for x in (*others, rest))) if case.kind == "columns" else (first,)
 
 
 def wrong(case: Case) -> str | None:
@@ -105,10 +118,11 @@ def wrong(case: Case) -> str | None:
     inputs = draw(case._replace(tokens=1000))
 
     def measured(run: Run, dtype: torch.dtype) -> dict[str, Tensor]:
-        x, weight, seed = (tensor.detach().to(dtype) for tensor in inputs[:3])
-        mine = Inputs(x.requires_grad_(), weight.requires_grad_(), seed, inputs.plan)
-        output = run(case, mine)
-        return dict(zip(("output", "x", "weight"), (output, *torch.autograd.grad(output, mine[:2], seed)), strict=True))
+        x, weight, *seeds = (tensor.detach().to(dtype) for tensor in (inputs.x, inputs.weight, *inputs.seeds))
+        mine = Inputs(x.requires_grad_(), weight.requires_grad_(), tuple(seeds), inputs.plan)
+        outputs = run(case, mine)
+        d_x, d_weight = torch.autograd.grad(outputs, (x, weight), seeds)
+        return {"d_x": d_x, "d_weight": d_weight} | {f"output {n}": output for n, output in enumerate(outputs)}
 
     budgets = error_budget(
         measured(kernels, torch.bfloat16), measured(layers, torch.bfloat16), measured(layers, torch.float64)
@@ -124,19 +138,20 @@ def median(function: Callable[[], object]) -> float:
 
 def measure(run: Run, case: Case, inputs: Inputs) -> tuple[float, float]:
     """Milliseconds forward and backward. Of a range of columns the gradient is that range's, without a copy into the rest."""
-    x = inputs.x[:, :CHANNELS].detach().requires_grad_()
+    x = (inputs.x if case.kind == "columns" else inputs.x[:, :CHANNELS]).detach().requires_grad_()
     mine = inputs._replace(x=x)
     with torch.no_grad():
         forward = median(lambda: run(case, mine))
-    output = run(case, mine)
-    backward = median(lambda: torch.autograd.grad(output, (x, mine.weight), inputs.seed, retain_graph=True))
+    outputs = run(case, mine)
+    backward = median(lambda: torch.autograd.grad(outputs, (x, mine.weight), inputs.seeds, retain_graph=True))
     return forward, backward
 
 
 def row(case: Case) -> dict[str, object]:
     """One line of the table."""
     inputs = draw(case)
-    slots, rows = inputs.seed.nbytes, inputs.x.shape[0] * CHANNELS * inputs.x.element_size()
+    size = case.convolved * inputs.x.element_size()
+    slots, rows = case.tokens * FAN_OUT * size, inputs.x.shape[0] * size
     values: dict[str, object] = {"case": str(case)}
     moved = {"forward": rows + slots, "backward": 2 * rows + slots}
     times = {name: measure(run, case, inputs) for name, run in (("ours", kernels), ("torch", layers))}
