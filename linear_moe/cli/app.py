@@ -15,6 +15,7 @@ from linear_moe.cli.doctor import doctor
 from linear_moe.cli.eval import eval_
 from linear_moe.cli.explain import explain
 from linear_moe.cli.generate import generate
+from linear_moe.cli.inspect import inspect
 from linear_moe.cli.rules import rules
 from linear_moe.cli.train import train
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (rules, explain, train, generate, eval_, demo, doctor, config_schema):
+for command in (rules, explain, train, generate, eval_, inspect, demo, doctor, config_schema):
     app.command(name=command.__name__.rstrip("_").replace("_", "-"))(errors.explained(command))
 
 

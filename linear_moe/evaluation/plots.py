@@ -52,7 +52,7 @@ def _needle(rows: list[dict[str, Any]]) -> Any:
     for ax, key, title in zip(axes.flat, ("exact", "first"), ("written exactly", "ranked first"), strict=True):
         values = {(row["depth"], row["length"]): row[key] for row in rows}
         grid = [[values[depth, length] for length in lengths] for depth in depths]
-        ax.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        ax.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 ax.text(x, y, f"{value:.2f}", ha="center", va="center", size=8)

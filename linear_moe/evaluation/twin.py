@@ -14,8 +14,8 @@ HEAD_DIM = 64
 def attention_twin(config: ModelConfig) -> ModelConfig:
     """`config` with full softmax attention in place of every memory, mixture of memories and window.
 
-    The feed-forwards of those layers are made wider or narrower, so that a token uses as many parameters as before, as
-    nearly as a whole width allows. Mixtures of experts stay as they are.
+    The feed-forwards of those layers are made wider or narrower, and where that is not enough the heads narrower, so that a
+    token uses as many parameters as before, as nearly as whole widths allow. Mixtures of experts stay as they are.
 
     Raises:
         ValueError: if the width can't be cut into heads.
@@ -37,6 +37,8 @@ def attention_twin(config: ModelConfig) -> ModelConfig:
         width = round((missing - config.hidden_size) / (3 * config.hidden_size))
         if width >= 1:
             block["ffn"] = {"type": "swiglu", "width": width}
+        elif missing < 0:
+            block["mixer"] = _narrowed(config.hidden_size, heads, missing)
     return ModelConfig.from_dict(data)
 
 
@@ -46,6 +48,14 @@ def _num_heads(hidden_size: int) -> int:
     if not fitting:
         raise ValueError(f"hidden_size = {hidden_size} must be even for attention")
     return max((h for h in fitting if hidden_size // h >= HEAD_DIM), default=1)
+
+
+def _narrowed(hidden_size: int, heads: int, missing: int) -> dict[str, Any]:
+    """Attention of `heads` whole heads, with as many parameters more as `missing` says, which is below 0."""
+    # Four matrices: of queries, keys, values and the output.
+    channels = max(hidden_size + missing / (4 * hidden_size), 2)
+    heads = min(heads, max(int(channels) // HEAD_DIM, 1))
+    return {"type": "attention", "num_heads": heads, "head_dim": max(2 * round(channels / heads / 2), 2)}
 
 
 def _alone(data: dict[str, Any], name: str) -> ModelConfig:
