@@ -99,7 +99,10 @@ def test_a_text_ends_before_a_stop_text(numbers: Path, tmp_path: Path) -> None:
     stop = " ".join(written[place : place + 2])
     assert out(numbers, "--prompt", "1 2", "--tokens", 12, "--stop", stop).split()[2:] == written[:place]
     (tmp_path / "p.txt").write_text("1 2\n3\n")
-    rows = [json.loads(line) for line in out(numbers, "--prompts", tmp_path / "p.txt", "--stop", stop).splitlines()]
+    rows = [
+        json.loads(line)
+        for line in out(numbers, "--prompts", tmp_path / "p.txt", "--tokens", 12, "--stop", stop).splitlines()
+    ]
     assert rows[0] == {
         "prompt": "1 2",
         "completion": " ".join(written[:place]),
@@ -160,7 +163,7 @@ def _clean(text: str) -> str:
 
 def test_a_state_that_does_not_fit_is_refused(checkpoint: Path, numbers: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.bin"
-    out(numbers, "--prompt", "1 2", "--save-state", state)
+    out(numbers, "--prompt", "1 2", "--tokens", 3, "--save-state", state)
     refused(checkpoint, "--load-state", state, says="state.bin belongs to a model of another configuration")
     other = saved(tmp_path / "other", small_model(11, seed=1))
     refused(other, "--load-state", state, says="with other weights")
