@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -15,7 +16,8 @@ from linear_moe.evaluation.plots import plot_result
 from linear_moe.evaluation.result import Result
 from linear_moe.evaluation.segments import Sizes
 from linear_moe.evaluation.suites import SUITES, EvaluationOptions, check_suites, run_suite, suites_of
-from linear_moe.models.model import LanguageModel
+from linear_moe.models.library import load_config, shipped_configs
+from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.training.checkpoint import load_model
 from linear_moe.training.extras import MissingExtraError
 
@@ -39,7 +41,13 @@ _OWNERS = {
 
 def eval_(
     context: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder, or one of its checkpoints; for decode-speed alone also a YAML file or a shipped model, with "
+            "random weights."
+        ),
+    ],
     suite: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(SUITES)}; may be given several times.  [default: all that fit the model]"),
@@ -105,7 +113,8 @@ def eval_(
         sizes=Sizes(segment, batch_tokens),
     )
     where = choose_device(device)
-    model = load_model(checkpoint, device=where).to(choose_dtype(precision)).eval()
+    dtype = choose_dtype(precision)
+    model = _load(checkpoint, tuple(suite or ()), where).to(dtype).eval()
     names = tuple(dict.fromkeys(suite or suites_of(model)))
     check_suites(names, model)
     _refuse_ignored(context, names)
@@ -119,6 +128,18 @@ def eval_(
             _write(result, output)
     if as_json:
         typer.echo(json.dumps([result.as_dict() for result in results], indent=2))
+
+
+def _load(checkpoint: Path, suites: tuple[str, ...], device: torch.device) -> LanguageModel:
+    """The model of a checkpoint; or one that nothing was learned by, where only its speed is asked for."""
+    is_config = checkpoint.is_file() or (not checkpoint.exists() and str(checkpoint) in shipped_configs())
+    if not is_config:
+        return load_model(checkpoint, device=device)
+    if set(suites) != {"decode-speed"}:
+        raise ValueError(
+            f"{str(checkpoint)!r} is a configuration, without weights: only --suite decode-speed says something of it"
+        )
+    return build_model(load_config(checkpoint), device=device)
 
 
 def _run(name: str, model: LanguageModel, options: EvaluationOptions) -> Result:

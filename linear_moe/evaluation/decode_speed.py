@@ -99,10 +99,10 @@ def _measure(
                 track(done + min(start + sizes.segment, length), total)
             reading, more, read = _now(device) - begin, length - read, length
             size = state.nbytes
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            parts = _decode(DecodeStep(model, state.clone(), capture=capture), text[:, length - 1], num_tokens)
-            peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+            # Room for all of it: a graph that is captured again on the way would be timed too.
+            step = DecodeStep(model, state.clone(), capture=capture, reserve=WARM_UP_STEPS + num_tokens)
+            parts, peak = _decode(step, text[:, length - 1], num_tokens)
+            del step
             rows.append(
                 {
                     "model": name,
@@ -117,17 +117,20 @@ def _measure(
     return rows
 
 
-def _decode(step: DecodeStep, token: torch.Tensor, num_tokens: int) -> list[float]:
-    """Seconds a token in each part."""
+def _decode(step: DecodeStep, token: torch.Tensor, num_tokens: int) -> tuple[list[float], float | None]:
+    """Seconds a token in each part, and on a GPU the most MiB that were allocated meanwhile."""
     for _ in range(WARM_UP_STEPS):
         token = step(token).argmax(-1)
+    on_gpu = step.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(step.device)
     parts, size = [], num_tokens // NUM_PARTS
     for _ in range(NUM_PARTS):
         begin = _now(step.device)
         for _ in range(size):
             token = step(token).argmax(-1)
         parts.append((_now(step.device) - begin) / size)
-    return parts
+    return parts, torch.cuda.max_memory_allocated(step.device) / 2**20 if on_gpu else None
 
 
 def _now(device: torch.device) -> float:

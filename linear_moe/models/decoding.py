@@ -36,12 +36,17 @@ class DecodeStep:
         model: in evaluation mode; its parameters must stay where they are.
         state: what the sequences are continued from. Belongs to the step from now on: `release` gives it back.
         capture: whether to capture a graph; on a GPU unless given.
+        reserve: columns that full attention makes room for at once; `RESERVED_COLUMNS` unless given.
 
     Raises:
-        ValueError: if a graph is asked for where there is no GPU.
+        ValueError: if a graph is asked for where there is no GPU, or no column is to be reserved.
     """
 
-    def __init__(self, model: LanguageModel, state: ModelState, *, capture: bool | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, state: ModelState, *, capture: bool | None = None, reserve: int | None = None
+    ) -> None:
+        if reserve is not None and reserve < 1:
+            raise ValueError(f"reserve must be at least 1, got {reserve}")
         self.model = model
         self.state = state
         self.device = state.tokens_seen.device
@@ -49,6 +54,7 @@ class DecodeStep:
         if self.capture and self.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, the state is on {self.device}")
         self._growing = _growing(model)
+        self._reserved = RESERVED_COLUMNS if reserve is None else reserve
         self._room = 0
         self._tokens = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -80,15 +86,13 @@ class DecodeStep:
         return self.model.logits(self.model.hidden(self._tokens, state=state)[:, 0])
 
     def _reserve(self) -> None:
-        layers = list(self.state.layers)
-        for index in self._growing:
-            layer = layers[index]
-            assert isinstance(layer, AttentionState)
-            layers[index] = layer.reserve(RESERVED_COLUMNS)
-        self.state = ModelState(layers, self.state.fingerprint)
-        # Its addresses are those of the columns before.
+        # The graph's addresses are those of the columns before. Layer by layer, so that no two copies of all are held.
         self._graph = None
-        self._room = RESERVED_COLUMNS
+        for index in self._growing:
+            layer = self.state.layers[index]
+            assert isinstance(layer, AttentionState)
+            self.state.layers[index] = layer.reserve(self._reserved)
+        self._room = self._reserved
 
     def _record(self) -> None:
         """Capture a step. Recording runs nothing; the steps before it run on a copy, so that the state is not moved on."""

@@ -82,6 +82,15 @@ def test_recall_is_json_for_programs(numbers: Path) -> None:
     assert [(row["length"], row["num_pairs"], row["asked"]) for row in found["rows"]] == [(16, 3, 27), (32, 7, 63)]
 
 
+def test_the_speed_of_a_configuration_needs_no_weights() -> None:
+    result = run("eval", "recall-mom", "--suite", "decode-speed", "--lengths", "8,16", "--tokens", 5, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)[0]["rows"]
+    assert [(row["model"], row["context"]) for row in rows] == [("recall-mom", 8), ("recall-mom", 16)]
+    refused("eval", "recall-mom", says="only --suite decode-speed says something of it")
+    refused("eval", "recall-mo", says="neither a checkpoint")
+
+
 def test_tables_and_files_need_no_plots(numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

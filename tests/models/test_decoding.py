@@ -98,6 +98,8 @@ def test_a_graph_needs_a_gpu() -> None:
     model = model_of(PATTERNS["memories"])
     with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, the state is on cpu"):
         DecodeStep(model, model.new_state(1), capture=True)
+    with pytest.raises(ValueError, match="reserve must be at least 1, got 0"):
+        DecodeStep(model, model.new_state(1), reserve=0)
 
 
 @pytest.mark.gpu

@@ -32,5 +32,5 @@ def small_model(vocab_size: int = 257, *mixers: dict[str, Any], seed: int = 0) -
 
 def saved(folder: Path, model: LanguageModel) -> Path:
     """`folder`, with the model's checkpoint in it."""
-    save_checkpoint(folder, model, TrainerState(1, {}, {}))
+    save_checkpoint(folder, model, TrainerState(1, *[{} for _ in TrainerState._fields[1:]]))
     return folder
