@@ -12,6 +12,7 @@ from rich.console import Console
 
 from linear_moe.cli.console import make_console, make_progress
 from linear_moe.cli.options import Device, Precision, Threads, choose_device, choose_dtype, set_threads
+from linear_moe.data.vocabulary import Vocabulary, vocabulary_of
 from linear_moe.evaluation.plots import plot_result
 from linear_moe.evaluation.result import Result
 from linear_moe.evaluation.segments import Sizes
@@ -115,12 +116,13 @@ def eval_(
     where = choose_device(device)
     dtype = choose_dtype(precision)
     model = _load(checkpoint, tuple(suite or ()), where).to(dtype).eval()
-    names = tuple(dict.fromkeys(suite or suites_of(model)))
-    check_suites(names, model)
+    vocabulary = vocabulary_of(model.config.vocab_size)
+    names = tuple(dict.fromkeys(suite or suites_of(vocabulary)))
+    check_suites(names, vocabulary)
     _refuse_ignored(context, names)
     console, results = make_console(), []
     for name in names:
-        result = _run(name, model, options)
+        result = _run(name, model, vocabulary, options)
         results.append(result)
         if not as_json:
             _show(result, console)
@@ -142,10 +144,12 @@ def _load(checkpoint: Path, suites: tuple[str, ...], device: torch.device) -> La
     return build_model(load_config(checkpoint), device=device)
 
 
-def _run(name: str, model: LanguageModel, options: EvaluationOptions) -> Result:
+def _run(name: str, model: LanguageModel, vocabulary: Vocabulary, options: EvaluationOptions) -> Result:
     with make_progress() as bar:
         task = bar.add_task(name, total=None)
-        return run_suite(name, model, options, lambda done, total: bar.update(task, completed=done, total=total))
+        return run_suite(
+            name, model, vocabulary, options, lambda done, total: bar.update(task, completed=done, total=total)
+        )
 
 
 def _show(result: Result, console: Console) -> None:

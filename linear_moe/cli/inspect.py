@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from linear_moe.cli.options import Device, Threads, choose_device, set_threads
-from linear_moe.data.vocabulary import ByteVocabulary, vocabulary_of
+from linear_moe.data.vocabulary import vocabulary_of
 from linear_moe.evaluation.inspection import inspect_text
 from linear_moe.evaluation.page import page_of
-from linear_moe.evaluation.token_names import byte_labels, byte_name
 from linear_moe.training.checkpoint import load_model
 
 
@@ -46,15 +45,9 @@ def inspect(
     if not content:
         raise ValueError(f"the text file {str(text)!r} is empty")
     shown = [*vocabulary.start, *content][:tokens]
-    of_bytes = isinstance(vocabulary, ByteVocabulary)
     cut = len(vocabulary.start) + len(content) - len(shown)
-    page = page_of(
-        inspect_text(model, shown),
-        byte_labels(shown) if of_bytes else [str(token) for token in shown],
-        byte_name if of_bytes else str,
-        separator=vocabulary.separator,
-        remark=f"The text goes on for {cut:,} more, which are not shown." if cut else "",
-    )
+    remark = f"The text goes on for {cut:,} more, which are not shown." if cut else ""
+    page = page_of(inspect_text(model, shown), vocabulary, remark=remark)
     aside = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
         aside.write_text(page, encoding="utf-8")

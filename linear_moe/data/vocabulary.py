@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from linear_moe.data.text import DOCUMENT_START, VOCAB_SIZE
+from torch import Tensor
+
+from linear_moe.data.text import DOCUMENT_START, VOCAB_SIZE, document_tokens
+from linear_moe.data.token_names import byte_labels, byte_name
 
 
 class Vocabulary(ABC):
@@ -38,10 +41,42 @@ class Vocabulary(ABC):
     def decoder(self) -> Decoder:
         """For the tokens of a text, as they come."""
 
+    def labels(self, tokens: Sequence[int]) -> list[str]:
+        """Each token of a text as people read it there."""
+        return [str(token) for token in tokens]
+
+    def name(self, token: int) -> str:
+        """A token as people read it by itself."""
+        return str(token)
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens."""
         decoder = self.decoder()
         return "".join(map(decoder.push, tokens)) + decoder.finish()
+
+
+class TextVocabulary(Vocabulary):
+    """Tokens that stand for text."""
+
+    turn_end = "\n"
+    unit: str
+    """What one token is called."""
+
+    @abstractmethod
+    def document(self, content: bytes) -> Tensor:
+        """`[n + 1]` of a document: the document start, then its tokens.
+
+        Raises:
+            ValueError: if it does not fit the vocabulary.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without a start."""
+        return self.document(text.encode("utf-8", "surrogateescape"))[1:].tolist()
+
+    def read(self, path: Path) -> list[int]:
+        """The tokens of a file, without a start."""
+        return self.document(path.read_bytes())[1:].tolist()
 
 
 class Decoder(ABC):
@@ -56,20 +91,24 @@ class Decoder(ABC):
         return ""
 
 
-class ByteVocabulary(Vocabulary):
-    """Bytes of UTF-8, and a document start."""
+class ByteVocabulary(TextVocabulary):
+    """Bytes of any text, and a document start."""
 
     start = (DOCUMENT_START,)
     stop_token = DOCUMENT_START
-    turn_end = "\n"
+    unit = "byte"
 
-    def encode(self, text: str) -> list[int]:
-        """Its UTF-8 bytes."""
-        return list(text.encode("utf-8", "surrogateescape"))
-
-    def read(self, path: Path) -> list[int]:
+    def document(self, content: bytes) -> Tensor:
         """Its bytes, whatever they are."""
-        return list(path.read_bytes())
+        return document_tokens(content)
+
+    def labels(self, tokens: Sequence[int]) -> list[str]:
+        """A character at its first byte; what is no valid UTF-8 in hexadecimal digits."""
+        return byte_labels(tokens)
+
+    def name(self, token: int) -> str:
+        """A character, or what it is called."""
+        return byte_name(token)
 
     def decoder(self) -> Decoder:
         """A character is shown when its last byte has come."""

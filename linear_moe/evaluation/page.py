@@ -6,9 +6,11 @@ The page's radio buttons choose which layer's classes have a colour: what is cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html import escape
 
+from linear_moe.data.token_names import LINE_END
+from linear_moe.data.vocabulary import Vocabulary
 from linear_moe.evaluation.inspection import Inspection, LayerPicks
 
 MOST_FREQUENT = 24
@@ -36,16 +38,12 @@ th { font-weight: normal; color: #444; } td { color: #000; }
 """
 
 
-def page_of(
-    inspection: Inspection, labels: list[str], name: Callable[[int], str], *, separator: str = "", remark: str = ""
-) -> str:
+def page_of(inspection: Inspection, vocabulary: Vocabulary, *, remark: str = "") -> str:
     """The page.
 
     Args:
         inspection: what is shown.
-        labels: of the tokens in the text, one each.
-        name: of a token by itself.
-        separator: between two tokens of the text.
+        vocabulary: of its tokens.
         remark: a sentence more about the text.
     """
     layers = inspection.layers
@@ -63,9 +61,9 @@ def page_of(
     ]
     if layers:
         parts += ["<h2>Loads: the share of a layer's picks that each memory got</h2>", *_heatmap(layers)]
-    parts += ["<h2>The text</h2>", *_text(inspection, labels, separator)]
+    parts += ["<h2>The text</h2>", *_text(inspection, vocabulary)]
     for layer in layers:
-        parts += _memories(layer, inspection.tokens, name)
+        parts += _memories(layer, inspection.tokens, vocabulary)
     return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
 
 
@@ -120,12 +118,12 @@ def _heatmap(layers: list[LayerPicks]) -> Iterator[str]:
     yield "</table>"
 
 
-def _text(inspection: Inspection, labels: list[str], separator: str) -> Iterator[str]:
-    tokens = []
+def _text(inspection: Inspection, vocabulary: Vocabulary) -> Iterator[str]:
+    tokens, labels = [], vocabulary.labels(inspection.tokens)
     for place, (token, label) in enumerate(zip(inspection.tokens, labels, strict=True)):
         classes = " ".join(_classes(inspection.layers, place))
         hover = "\n".join((f"token {place}: {token}", *_weights(inspection.layers, place)))
-        end = "<br>" if label == "\N{RETURN SYMBOL}" else separator
+        end = "<br>" if label.endswith(LINE_END) else vocabulary.separator
         tokens.append(f'<b class="{classes}" title="{escape(hover)}">{escape(label)}</b>{end}')
     # In one line: a line end of the page would be one of the text.
     yield f'<div class="text">{"".join(tokens)}</div>'
@@ -143,12 +141,12 @@ def _weights(layers: list[LayerPicks], place: int) -> Iterator[str]:
         yield f"layer {layer.layer}: " + ", ".join(f"memory {memory} {weight:.2f}" for memory, weight in used)
 
 
-def _memories(layer: LayerPicks, tokens: list[int], name: Callable[[int], str]) -> Iterator[str]:
+def _memories(layer: LayerPicks, tokens: list[int], vocabulary: Vocabulary) -> Iterator[str]:
     yield f'<section class="layer" id="of{layer.layer}">'
     yield f"<h2>What the memories of layer {layer.layer} hold: their most frequent tokens</h2>"
     for memory, load in enumerate(layer.loads()):
         held = "".join(
-            f"<li>{escape(name(token))} <small>{times:,} times, {share:.0%} of all</small></li>"
+            f"<li>{escape(vocabulary.name(token))} <small>{times:,} times, {share:.0%} of all</small></li>"
             for token, times, share in layer.held(tokens, memory, MOST_FREQUENT)
         )
         chip = f'<span class="chip m{memory}">memory {memory}: {load:.1%}</span>'

@@ -12,29 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.data.text import document_tokens
+from linear_moe.data.vocabulary import TextVocabulary
 from linear_moe.evaluation.result import Column, Result, Track, untracked
 from linear_moe.evaluation.segments import Sizes, hidden_in_segments
 from linear_moe.models.model import LanguageModel
-from linear_moe.training.tasks import check_text_vocabulary
 
 FIRST_BUCKET = 64
 """Positions of the first bucket; each further one is as long as all before it."""
-
-COLUMNS = (
-    Column("begin", "from", ","),
-    Column("end", "to", ","),
-    Column("bytes", "bytes", ","),
-    Column("bits_per_byte", "bits per byte", ".4f"),
-    Column("perplexity", "perplexity", ".3f"),
-    Column("trained", "trained on"),
-)
 
 
 @torch.no_grad()
 def perplexity_by_position(
     model: LanguageModel,
     documents: Sequence[bytes],
+    vocabulary: TextVocabulary,
     *,
     length: int = 4096,
     num_sequences: int = 8,
@@ -42,11 +33,12 @@ def perplexity_by_position(
     sizes: Sizes | None = None,
     track: Track = untracked,
 ) -> Result:
-    """Bits per byte and perplexity of a byte given all before it, by its position in the text.
+    """Bits a token and perplexity of a token given all before it, by its position in the text.
 
     Args:
-        model: of bytes.
-        documents: pieces of `length` bytes are cut from those that are long enough, the first of each document first.
+        model: of text.
+        documents: pieces of `length` tokens are cut from those that are long enough, the first of each document first.
+        vocabulary: of the model.
         length: positions that are looked at.
         num_sequences: pieces, at most; all that there are if fewer.
         trained_length: what the model was trained on, to mark what lies beyond.
@@ -56,12 +48,11 @@ def perplexity_by_position(
     Raises:
         ValueError: naming the argument that does not fit; if no document is long enough.
     """
-    check_text_vocabulary(model.config.vocab_size, model.config.name or "the model")
     for name, value in (("length", length), ("num_sequences", num_sequences), ("trained_length", trained_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     sizes = sizes or Sizes()
-    pieces = _pieces(documents, length, num_sequences)
+    pieces = _pieces([vocabulary.document(d) for d in documents], length, num_sequences, vocabulary.unit)
     device = next(model.parameters()).device
     nats = torch.zeros(length, dtype=torch.float64)
     for start, stop in sizes.batches(len(pieces), length):
@@ -76,10 +67,18 @@ def perplexity_by_position(
             track(start * length + (stop - start) * end, len(pieces) * length)
     rows = [_row(nats, begin, end, len(pieces), trained_length) for begin, end in buckets(length)]
     whole = _row(nats, 0, length, len(pieces), trained_length)
-    remark = (
-        f"{len(pieces)} pieces of {length:,} bytes; all positions together {whole['bits_per_byte']:.4f} bits per byte."
+    unit = vocabulary.unit
+    mean = whole["bits_per_token"]
+    remark = f"{len(pieces)} pieces of {length:,} {unit}s; all positions together {mean:.4f} bits per {unit}."
+    columns = (
+        Column("begin", "from", ","),
+        Column("end", "to", ","),
+        Column("tokens", f"{unit}s", ","),
+        Column("bits_per_token", f"bits per {unit}", ".4f"),
+        Column("perplexity", "perplexity", ".3f"),
+        Column("trained", "trained on"),
     )
-    return Result("perplexity", "perplexity by position in the text", COLUMNS, rows, (remark,))
+    return Result("perplexity", "perplexity by position in the text", columns, rows, (remark,))
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
@@ -98,8 +97,8 @@ def _row(nats: Tensor, begin: int, end: int, sequences: int, trained_length: int
     return {
         "begin": begin,
         "end": end,
-        "bytes": count,
-        "bits_per_byte": mean / math.log(2),
+        "tokens": count,
+        "bits_per_token": mean / math.log(2),
         "perplexity": perplexity,
         "trained": trained,
     }
@@ -111,13 +110,13 @@ def _trained(begin: int, end: int, trained_length: int) -> str:
     return "beyond" if begin >= trained_length else "in part"
 
 
-def _pieces(documents: Sequence[bytes], length: int, count: int) -> list[Tensor]:
-    """`[length + 1]` tokens each: inputs and the byte after the last."""
-    long_enough = [document_tokens(document) for document in documents if len(document) >= length]
+def _pieces(documents: Sequence[Tensor], length: int, count: int, unit: str) -> list[Tensor]:
+    """`[length + 1]` tokens each: inputs and the token after the last."""
+    long_enough = [tokens for tokens in documents if tokens.numel() > length]
     if not long_enough:
-        longest = max(map(len, documents), default=0)
+        longest = max((tokens.numel() - 1 for tokens in documents), default=0)
         raise ValueError(
-            f"length = {length:,} needs a document of that many bytes, the longest here has {longest:,}; take a shorter "
+            f"length = {length:,} needs a document of that many {unit}s, the longest here has {longest:,}; take a shorter "
             f"length or a longer text"
         )
     pieces: list[Tensor] = []

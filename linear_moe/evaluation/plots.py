@@ -16,24 +16,26 @@ def plot_result(result: Result, path: Path) -> None:
         MissingExtraError: without matplotlib.
     """
     draw = {"perplexity": _perplexity, "mqar": _recall, "needle": _needle, "decode-speed": _decode_speed}[result.name]
-    draw(result.rows).savefig(path, dpi=130)
+    draw(result).savefig(path, dpi=130)
 
 
-def _perplexity(rows: list[dict[str, Any]]) -> Any:
+def _perplexity(result: Result) -> Any:
+    rows = result.rows
     figure, axes = new_figure(1, 1, width=7, height=4)
     (ax,) = axes.flat
-    ends = [row["end"] for row in rows]
-    ax.plot(ends, [row["bits_per_byte"] for row in rows], "o-", color=COLOURS[0])
+    ends, titles = [row["end"] for row in rows], {column.key: column.title for column in result.columns}
+    ax.plot(ends, [row["bits_per_token"] for row in rows], "o-", color=COLOURS[0])
     beyond = [row["begin"] for row in rows if row["trained"] == "beyond"]
     if beyond:
         ax.axvspan(min(beyond), ends[-1], color=COLOURS[1], alpha=0.12, label="longer than trained on")
         ax.legend()
     _doubling(ax, ends)
-    ax.set(xlabel="position in the text, up to", ylabel="bits per byte", title="perplexity by position")
+    ax.set(xlabel="position in the text, up to", ylabel=titles["bits_per_token"], title="perplexity by position")
     return figure
 
 
-def _recall(rows: list[dict[str, Any]]) -> Any:
+def _recall(result: Result) -> Any:
+    rows = result.rows
     figure, axes = new_figure(1, 1, width=7, height=4)
     (ax,) = axes.flat
     places = range(len(rows))
@@ -45,7 +47,8 @@ def _recall(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _needle(rows: list[dict[str, Any]]) -> Any:
+def _needle(result: Result) -> Any:
+    rows = result.rows
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     figure, axes = new_figure(1, 2, width=4 + 1.2 * len(lengths), height=1.6 + 0.6 * len(depths))
@@ -62,7 +65,8 @@ def _needle(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _decode_speed(rows: list[dict[str, Any]]) -> Any:
+def _decode_speed(result: Result) -> Any:
+    rows = result.rows
     figure, axes = new_figure(1, 2, width=11, height=4)
     names = list(dict.fromkeys(row["model"] for row in rows))
     for name, colour in zip(names, COLOURS, strict=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from linear_moe.data.text import VOCAB_SIZE
+from linear_moe.data.vocabulary import TextVocabulary, Vocabulary
 from linear_moe.evaluation.decode_speed import decoding_by_context
 from linear_moe.evaluation.needle import needle_in_a_haystack
 from linear_moe.evaluation.perplexity import perplexity_by_position
@@ -18,7 +18,7 @@ from linear_moe.models.model import LanguageModel, build_model
 
 SUITES = ("perplexity", "mqar", "needle", "decode-speed")
 OF_TEXT = ("perplexity", "needle")
-"""Suites for models of bytes only."""
+"""Suites for models of text only."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,38 @@ class EvaluationOptions:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
 
 
-def suites_of(model: LanguageModel) -> tuple[str, ...]:
+def suites_of(vocabulary: Vocabulary) -> tuple[str, ...]:
     """The suites that say something of a model with this vocabulary."""
-    if model.config.vocab_size == VOCAB_SIZE:
-        return ("perplexity", "needle", "decode-speed")
-    return ("mqar", "decode-speed")
+    return (
+        ("perplexity", "needle", "decode-speed") if isinstance(vocabulary, TextVocabulary) else ("mqar", "decode-speed")
+    )
 
 
-def check_suites(names: tuple[str, ...], model: LanguageModel) -> None:
-    """Raises ValueError for a suite that is unknown, or not for this model."""
+def check_suites(names: tuple[str, ...], vocabulary: Vocabulary) -> None:
+    """Raises ValueError for a suite that is unknown, or not for a model with this vocabulary."""
     for name in names:
         if name not in SUITES:
             raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
-        if name in OF_TEXT and model.config.vocab_size != VOCAB_SIZE:
+        if name in OF_TEXT and not isinstance(vocabulary, TextVocabulary):
             raise ValueError(
-                f"suite {name} reads text: it is for models of bytes, with vocab_size = {VOCAB_SIZE}; this model has "
-                f"{model.config.vocab_size} and can take {', '.join(suites_of(model))}"
+                f"suite {name} reads text, and this model's tokens are numbers; it can take {', '.join(suites_of(vocabulary))}"
             )
 
 
-def run_suite(name: str, model: LanguageModel, options: EvaluationOptions, track: Track = untracked) -> Result:
+def run_suite(
+    name: str,
+    model: LanguageModel,
+    vocabulary: Vocabulary,
+    options: EvaluationOptions | None = None,
+    track: Track = untracked,
+) -> Result:
     """One suite.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    check_suites((name,), model)
+    check_suites((name,), vocabulary)
+    options = options or EvaluationOptions()
     if name == "mqar":
         vocab_size = model.config.vocab_size
         problems = [problem_of(text, vocab_size) for text in options.problems] or published_problems(vocab_size)
@@ -109,11 +115,13 @@ def run_suite(name: str, model: LanguageModel, options: EvaluationOptions, track
             sizes=options.sizes,
             track=track,
         )
-    _, documents = evaluation_documents(options.data)
+    assert isinstance(vocabulary, TextVocabulary)
+    documents = evaluation_documents(options.data)
     if name == "perplexity":
         return perplexity_by_position(
             model,
             documents,
+            vocabulary,
             length=max(options.lengths),
             num_sequences=options.samples or 8,
             trained_length=options.trained_length,
@@ -123,6 +131,7 @@ def run_suite(name: str, model: LanguageModel, options: EvaluationOptions, track
     return needle_in_a_haystack(
         model,
         documents,
+        vocabulary,
         lengths=options.lengths,
         depths=options.depths,
         num_trials=options.samples or 8,

@@ -7,16 +7,15 @@ from pathlib import Path
 from linear_moe.data.text import read_text, standard_library_text
 
 
-def evaluation_documents(data: Path | None) -> tuple[str, list[bytes]]:
-    """A name and the documents: all of a file or folder; or what training holds out of the standard library's sources.
+def evaluation_documents(data: Path | None) -> list[bytes]:
+    """All of a file or folder; or what training holds out of the standard library's sources.
 
     Raises:
         ValueError: as `read_text`.
     """
     if data is None:
-        corpus = standard_library_text()
-        return f"held out of {corpus.source}", list(corpus.held_out)
+        return list(standard_library_text().held_out)
     corpus = read_text(data)
-    if data.is_file():
-        return corpus.source, [b"".join((*corpus.train, *corpus.held_out))]
-    return corpus.source, [*corpus.train, *corpus.held_out]
+    parts = [*corpus.train, *corpus.held_out]
+    # A single file is cut in two for training.
+    return [b"".join(parts)] if data.is_file() else parts

@@ -12,6 +12,7 @@ from checkpoints import ATTENTION, saved, small_model
 from typer.testing import CliRunner, Result
 
 from linear_moe.cli import app
+from linear_moe.data.vocabulary import ByteVocabulary
 from linear_moe.evaluation import EvaluationOptions, run_suite
 
 TEXT = "".join(f"line {i * i} of some text\n" for i in range(60))
@@ -66,7 +67,10 @@ def test_what_fits_a_model_of_text_is_measured(text_model: Path, data: Path, tmp
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(f"{s}.{e}" for s in ("perplexity", "needle", "decode-speed") for e in ("csv", "json", "png"))
     wanted = run_suite(
-        "perplexity", small_model(), EvaluationOptions(lengths=(300,), samples=2, data=data, trained_length=100)
+        "perplexity",
+        small_model(),
+        ByteVocabulary(),
+        EvaluationOptions(lengths=(300,), samples=2, data=data, trained_length=100),
     )
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == wanted.as_dict()
     needles = json.loads((tmp_path / "out" / "needle.json").read_text())["rows"]
@@ -106,7 +110,9 @@ def test_mistakes_of_eval_are_explained(text_model: Path, numbers: Path, data: P
     refused(
         "eval", text_model, "--suite", "chess", says="suite must be one of perplexity, mqar, needle, decode-speed, got"
     )
-    refused("eval", numbers, "--suite", "needle", says="this model has 16 and can take mqar, decode-speed")
+    refused(
+        "eval", numbers, "--suite", "needle", says="this model's tokens are numbers; it can take mqar, decode-speed"
+    )
     refused("eval", text_model, "--lengths", "many", says="--lengths must be numbers with commas")
     refused("eval", text_model, "--lengths", "", says="lengths must name at least one")
     refused("eval", text_model, "--samples", 0, says="samples must be at least 1, got 0")

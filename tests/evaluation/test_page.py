@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linear_moe.data.text import DOCUMENT_START
+from linear_moe.data.token_names import byte_labels
+from linear_moe.data.vocabulary import ByteVocabulary
 from linear_moe.evaluation import Inspection, inspect_text, page_of
 from linear_moe.evaluation.inspection import LayerPicks
-from linear_moe.evaluation.token_names import byte_labels, byte_name
 
 NASTY = b"a </script><script>alert(1)</script> & \"'<b onclick=x>\n\t</div></style>&lt;\xff\xfe\xc3\xa9 -->\x00"
 VOID = {"meta", "input", "br"}
@@ -66,7 +67,7 @@ class Page(HTMLParser):
 def shown(text: bytes, *mixers: dict[str, Any]) -> tuple[str, Inspection]:
     tokens = [DOCUMENT_START, *text]
     found = inspect_text(small_model(257, *mixers), tokens)
-    return page_of(found, byte_labels(tokens), byte_name), found
+    return page_of(found, ByteVocabulary()), found
 
 
 def by_itself(text: str) -> None:
@@ -120,7 +121,7 @@ def test_the_text_is_there_whatever_it_holds() -> None:
 def test_any_bytes_make_a_page(text: bytes) -> None:
     tokens = [DOCUMENT_START, *text]
     picks = LayerPicks(3, 4, [[t % 4, (t + 1) % 4] for t in tokens], [[0.75, 0.25]] * len(tokens))
-    page = page_of(Inspection("<m&>", 7, tokens, [picks]), byte_labels(tokens), byte_name)
+    page = page_of(Inspection("<m&>", 7, tokens, [picks]), ByteVocabulary())
     by_itself(page)
     assert [label for label, _ in Page(page).tokens] == byte_labels(tokens)
     assert "Memories of <m&>" in Page(page).words
@@ -153,7 +154,7 @@ def test_each_layer_has_its_choice_its_loads_and_its_colours() -> None:
 def test_what_a_memory_holds_is_listed() -> None:
     tokens = [*b"aab<"]
     layer = LayerPicks(0, 3, [[0], [1], [0], [0]], [[1.0]] * 4)
-    page = Page(page_of(Inspection("m", 1, tokens, [layer]), byte_labels(tokens), byte_name))
+    page = Page(page_of(Inspection("m", 1, tokens, [layer]), ByteVocabulary()))
     words = re.sub(r"\s+", " ", page.words)
     assert "memory 0: 75.0% < 1 times, 100% of alla 1 times, 50% of allb 1 times, 100% of all" in words
     assert "memory 1: 25.0% a 1 times, 50% of all" in words

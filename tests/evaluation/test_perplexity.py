@@ -10,21 +10,23 @@ import torch
 from checkpoints import small_model
 
 from linear_moe.data.text import document_tokens
+from linear_moe.data.vocabulary import ByteVocabulary
 from linear_moe.evaluation import Sizes, perplexity_by_position
 from linear_moe.evaluation.perplexity import buckets
 
+BYTES = ByteVocabulary()
 DOCUMENTS = [bytes((7 * i * i + i // 3 + d) % 256 for i in range(700 + 150 * d)) for d in range(2)]
 
 
 def bits(rows: list[dict[str, float]]) -> torch.Tensor:
-    return torch.tensor([row["bits_per_byte"] for row in rows], dtype=torch.float64)
+    return torch.tensor([row["bits_per_token"] for row in rows], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(segment=37, batch_tokens=1), Sizes(segment=1000, batch_tokens=600)])
 def test_it_is_the_loss_of_a_full_pass_at_those_positions(sizes: Sizes) -> None:
     model, told = small_model().double(), []
     result = perplexity_by_position(
-        model, DOCUMENTS, length=300, num_sequences=3, sizes=sizes, track=lambda *at: told.append(at)
+        model, DOCUMENTS, BYTES, length=300, num_sequences=3, sizes=sizes, track=lambda *at: told.append(at)
     )
     # The first piece of each document, then the second ones.
     pieces = [document_tokens(DOCUMENTS[d])[start : start + 301].long() for d, start in ((0, 0), (1, 0), (0, 300))]
@@ -36,7 +38,7 @@ def test_it_is_the_loss_of_a_full_pass_at_those_positions(sizes: Sizes) -> None:
     assert [(row["begin"], row["end"]) for row in result.rows] == ranges
     wanted = torch.stack([losses[:, a:b].mean() for a, b in ranges]) / math.log(2)
     torch.testing.assert_close(bits(result.rows), wanted, rtol=1e-6, atol=0)
-    assert [row["bytes"] for row in result.rows] == [3 * (b - a) for a, b in ranges]
+    assert [row["tokens"] for row in result.rows] == [3 * (b - a) for a, b in ranges]
     assert [row["perplexity"] for row in result.rows] == pytest.approx((2**wanted).tolist(), rel=1e-6)
     assert f"{float(losses.mean()) / math.log(2):.4f} bits per byte" in result.remarks[0]
     assert told[-1] == (900, 900)
@@ -47,7 +49,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary_everywh
     model = small_model()
     assert model.head is not None
     torch.nn.init.zeros_(model.head.weight)
-    rows = perplexity_by_position(model, DOCUMENTS, length=200, trained_length=100).rows
+    rows = perplexity_by_position(model, DOCUMENTS, BYTES, length=200, trained_length=100).rows
     assert [row["perplexity"] for row in rows] == pytest.approx([257] * 3, rel=1e-5)
     assert [row["trained"] for row in rows] == ["yes", "in part", "beyond"]
 
@@ -61,12 +63,10 @@ def test_the_buckets_are_the_positions(length: int) -> None:
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"length = 900 needs a document of that many bytes, the longest here has 850"):
-        perplexity_by_position(small_model(), DOCUMENTS, length=900)
+        perplexity_by_position(small_model(), DOCUMENTS, BYTES, length=900)
     with pytest.raises(ValueError, match="the longest here has 0"):
-        perplexity_by_position(small_model(), [], length=9)
+        perplexity_by_position(small_model(), [], BYTES, length=9)
     with pytest.raises(ValueError, match="num_sequences must be at least 1, got 0"):
-        perplexity_by_position(small_model(), DOCUMENTS, num_sequences=0)
-    with pytest.raises(ValueError, match="vocab_size of small must be 257 for text"):
-        perplexity_by_position(small_model(30), DOCUMENTS)
+        perplexity_by_position(small_model(), DOCUMENTS, BYTES, num_sequences=0)
     with pytest.raises(ValueError, match="segment must be at least 1, got 0"):
         Sizes(segment=0)

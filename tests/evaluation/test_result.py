@@ -12,6 +12,7 @@ import pytest
 from checkpoints import small_model
 from rich.console import Console
 
+from linear_moe.data.vocabulary import vocabulary_of
 from linear_moe.evaluation import EvaluationOptions, Result, run_suite
 from linear_moe.evaluation.plots import plot_result
 from linear_moe.evaluation.result import Column
@@ -60,7 +61,8 @@ def test_every_suite_has_a_picture(suite: str, tmp_path: Path, monkeypatch: pyte
         trained_length=100,
         twin=True,
     )
-    result = run_suite(suite, small_model(20 if suite == "mqar" else 257), options)
+    size = 20 if suite == "mqar" else 257
+    result = run_suite(suite, small_model(size), vocabulary_of(size), options)
     plot_result(result, tmp_path / "a.png")
     image = sys.modules["matplotlib"].image.imread(tmp_path / "a.png")
     # Something is drawn on it.

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from linear_moe.data.text import DOCUMENT_START
 
-_SIGNS = {"\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW TO BAR}", "\r": "\N{LEFTWARDS ARROW}"}
+LINE_END = "\N{RETURN SYMBOL}"
+"""Stands for a line end."""
+_SIGNS = {"\n": LINE_END, "\t": "\N{RIGHTWARDS ARROW TO BAR}", "\r": "\N{LEFTWARDS ARROW}"}
 _NAMES = {0x0A: "line end", 0x09: "tab", 0x0D: "carriage return", 0x20: "space", DOCUMENT_START: "document start"}
 START = "\N{WHITE RIGHT-POINTING TRIANGLE}"
 """Stands for a document start."""
