@@ -93,22 +93,21 @@ def _complete(writer: Writer, batch: list[Prompt]) -> list[dict[str, Any]]:
         session = writer.session.repeated(len(batch))
     session.read(tokens, padding_mask=None if bool(mask.all()) else mask)
 
-    stops = [writer.new_stop() for _ in batch]
-    texts: list[list[int]] = [[] for _ in batch]
-    counts, ended = [0] * len(batch), [False] * len(batch)
+    written = [writer.new_text() for _ in batch]
+    texts, counts, ended = [""] * len(batch), [0] * len(batch), [False] * len(batch)
     end = writer.vocabulary.stop_token
     for drawn in session.write(writer.max_new_tokens, writer.sampling, generator=writer.generator, stop_token=end):
         for i, token in enumerate(drawn.tolist()):
             if ended[i]:
                 continue
             counts[i] += 1
-            texts[i] += [] if token == end else stops[i].push(token)
-            ended[i] = stops[i].hit or token == end
+            texts[i] += "" if token == end else written[i].push(token)
+            ended[i] = written[i].stopped or token == end
         if all(ended):
             break
     return [
-        {"completion": writer.vocabulary.decode(text + stop.finish()), "num_tokens": count, "stopped": over}
-        for text, stop, count, over in zip(texts, stops, counts, ended, strict=True)
+        {"completion": text + rest.finish(), "num_tokens": count, "stopped": over}
+        for text, rest, count, over in zip(texts, written, counts, ended, strict=True)
     ]
 
 

@@ -11,12 +11,12 @@ import typer
 
 from linear_moe.cli.console import make_progress
 from linear_moe.cli.errors import tell
+from linear_moe.cli.written import Written
 from linear_moe.data.text import printable
 from linear_moe.data.vocabulary import Vocabulary
 from linear_moe.models.model import LanguageModel
 from linear_moe.models.sampling import Sampling
 from linear_moe.models.session import SEGMENT, Session
-from linear_moe.models.stop import StopSequences
 
 COMMANDS = """\
 /save FILE  write the state to a file, which --load-state goes on from
@@ -59,18 +59,19 @@ class Writer:
         self.vocabulary = vocabulary
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
-        self.stop = [vocabulary.encode(text) for text in stop]
+        self.stop = stop
         self.capture = capture
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.new_stop()
+        # A stop text that can't be is no news for after a long context.
+        self.new_text()
         self.session = Session(model, capture=capture)
         if load_state is not None:
             self.load(load_state)
 
-    def new_stop(self) -> StopSequences:
-        """For one text."""
-        return StopSequences(self.stop)
+    def new_text(self) -> Written:
+        """For the tokens of one text."""
+        return Written(self.vocabulary, self.stop)
 
     def load(self, path: Path) -> None:
         """Go on from a file.
@@ -119,17 +120,14 @@ class Writer:
 
     def write(self) -> None:
         """Write what comes next, to standard output, and end the line."""
-        stop, decoder = self.new_stop(), self.vocabulary.decoder()
+        written = self.new_text()
         for drawn in self.session.write(
             self.max_new_tokens, self.sampling, generator=self.generator, stop_token=self.vocabulary.stop_token
         ):
-            for token in stop.push(int(drawn[0])):
-                _show(decoder.push(token))
-            if stop.hit:
+            _show(written.push(int(drawn[0])))
+            if written.stopped:
                 break
-        for token in stop.finish():
-            _show(decoder.push(token))
-        _show(decoder.finish() + "\n")
+        _show(written.finish() + "\n")
 
 
 def converse(writer: Writer) -> None:

@@ -1,15 +1,18 @@
-"""Ending a text where given tokens have been written, without showing any of them."""
+"""Ending a text where a given sequence has been written, without showing any of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
 
 
-class StopSequences:
-    """Watches the tokens of one text: hands on what can't belong to a stop sequence any more.
+class StopSequences(Generic[_T]):
+    """Watches the tokens or characters of one text: hands on what can't belong to a stop sequence any more.
 
     Args:
-        sequences: token sequences, none of them empty; none at all for a text that nothing stops.
+        sequences: of tokens or characters, none of them empty; none at all for a text that nothing stops.
 
     Attributes:
         hit: whether one has been written. What comes after it is not handed on.
@@ -18,19 +21,19 @@ class StopSequences:
         ValueError: if a sequence is empty.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, sequences: Sequence[Sequence[_T]] = ()) -> None:
         if not all(sequences):
-            raise ValueError("a stop text must have at least one token, got an empty one")
+            raise ValueError("a stop text must not be empty")
         self.sequences = [list(sequence) for sequence in sequences]
         self.hit = False
-        self._held: list[int] = []
+        self._held: list[_T] = []
 
-    def push(self, token: int) -> list[int]:
-        """The tokens that are free to be shown after `token`."""
+    def push(self, item: _T) -> list[_T]:
+        """What is free to be shown after `item`."""
         if self.hit:
             return []
         held = self._held
-        held.append(token)
+        held.append(item)
         for sequence in self.sequences:
             if held[-len(sequence) :] == sequence:
                 self.hit = True
@@ -45,7 +48,7 @@ class StopSequences:
         free, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return free
 
-    def finish(self) -> list[int]:
+    def finish(self) -> list[_T]:
         """What was held back and no stop sequence came of."""
         free, self._held = self._held, []
         return free

@@ -109,7 +109,7 @@ def test_a_text_ends_before_a_stop_text(numbers: Path, tmp_path: Path) -> None:
         "num_tokens": place + 2,
         "stopped": True,
     }
-    refused(numbers, "--prompt", "1", "--stop", "", says="a stop text must have at least one token")
+    refused(numbers, "--prompt", "1", "--stop", "", says="a stop text must not be empty")
 
 
 def test_draws_follow_the_seed_and_its_bounds(numbers: Path) -> None:

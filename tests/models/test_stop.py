@@ -36,5 +36,5 @@ def test_the_text_ends_before_the_first_stop(tokens: list[int], sequences: list[
 
 
 def test_an_empty_stop_is_refused() -> None:
-    with pytest.raises(ValueError, match="a stop text must have at least one token"):
+    with pytest.raises(ValueError, match="a stop text must not be empty"):
         StopSequences([[1], []])
