@@ -64,6 +64,7 @@ class Session:
             ValueError: if nothing has been read yet.
         """
         if self._unread is not None:
+            self._stand_still()
             # Not by the captured step: whether a text is saved here or written on must not change a bit.
             with evaluating(self.model):
                 hidden = self.model.hidden(self._unread[:, None], state=self.state)
@@ -95,6 +96,7 @@ class Session:
         self._check(tokens, padding_mask, segment)
         if not self.is_new:
             self.logits()
+        self._stand_still()
         last: Tensor | None = None
         with evaluating(self.model):
             for start in range(0, tokens.shape[1], segment):
@@ -130,19 +132,11 @@ class Session:
             ValueError: if nothing has been read yet.
         """
         sampling = sampling or Sampling()
-        logits = self.logits()
-        growing = grows(self.model)
-        if self._step is None:
-            self._step = DecodeStep(self.model, self.state, capture=self.capture)
-        step = self._step
-        stopped = torch.zeros(self.batch_size, dtype=torch.bool, device=logits.device)
+        stopped = torch.zeros(self.batch_size, dtype=torch.bool, device=self.logits().device)
         try:
             with evaluating(self.model):
                 for _ in range(max_new_tokens):
-                    if self._unread is not None:
-                        self._logits, self._unread = step(self._unread), None
-                        logits = self._logits
-                    drawn = sampling.draw(logits, generator)
+                    drawn = sampling.draw(self._step_logits(), generator)
                     if stop_token is not None:
                         drawn = torch.where(stopped, stop_token, drawn)
                         stopped = stopped | (drawn == stop_token)
@@ -151,9 +145,21 @@ class Session:
                     if stop_token is not None and bool(stopped.all()):
                         break
         finally:
-            self.state = step.release()
-            if growing:
-                self._step = None
+            self._stand_still()
+
+    def _step_logits(self) -> Tensor:
+        """`logits`, by the captured step."""
+        if self._unread is None:
+            return self.logits()
+        if self._step is None:
+            self._step = DecodeStep(self.model, self.state, capture=self.capture)
+        self._logits, self._unread = self._step(self._unread), None
+        return self._logits
+
+    def _stand_still(self) -> None:
+        """Give back the columns that a step had reserved; whoever goes on writing makes new ones."""
+        if self._step is not None and grows(self.model):
+            self.state, self._step = self._step.release(), None
 
     def repeated(self, count: int) -> Session:
         """`count` sequences that all go on from where this one is; this one stays as it is.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hybrids import PATTERNS, model_of
 
-from linear_moe.models import ModelState, Sampling, Session
+from linear_moe.models import ModelState, Sampling, Session, decoding
 
 TEXT = torch.randint(11, (1, 23), generator=torch.Generator().manual_seed(2))
 
@@ -97,6 +97,30 @@ def test_what_was_drawn_is_what_is_gone_on_from() -> None:
     with torch.no_grad():
         text = torch.cat((TEXT, torch.tensor([pieces])), 1)
         torch.testing.assert_close(parts.logits(), model(text)[:, -1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_session_may_be_looked_at_and_read_while_it_writes(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "RESERVED_COLUMNS", 3)
+    model = model_of(pattern)
+    session, text, drawn_at = _read(model), TEXT[0].tolist(), []
+    for turn, token in enumerate(session.write(20)):
+        drawn_at.append(len(text))
+        text.append(int(token))
+        if turn % 3 == 0:
+            session.save(tmp_path / "state.bin")
+        if turn % 4 == 1:
+            session.read(TEXT[:, :2])
+            text += TEXT[0, :2].tolist()
+        if turn % 5 == 2:
+            session.logits()
+    assert len(drawn_at) == 20
+    with torch.no_grad():
+        logits = model(torch.tensor([text]))[0]
+    torch.testing.assert_close(session.logits()[0], logits[-1], rtol=0, atol=1e-10)
+    assert all(text[place] == int(logits[place - 1].argmax()) for place in drawn_at)
 
 
 def test_writing_holds_on_to_no_graph_and_leaves_the_mode() -> None:
