@@ -240,7 +240,8 @@ def weights_fingerprint(model: LanguageModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
-        places = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), _SAMPLED)).long()
+        # float64: float32 does not have every place of a large parameter.
+        places = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), _SAMPLED), dtype=torch.float64).long()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(bytes(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).tolist()))
     return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hybrids import PATTERNS, model_of
 
 from linear_moe.models import ModelState, Sampling, Session, decoding
+from linear_moe.models.session import weights_fingerprint
 
 TEXT = torch.randint(11, (1, 23), generator=torch.Generator().manual_seed(2))
 
@@ -171,6 +173,16 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model.new_state(1).save(tmp_path / "bare.bin")
     with pytest.raises(ValueError, match="bare.bin holds no text state"):
         Session.load(tmp_path / "bare.bin", model)
+
+
+def test_the_fingerprint_sees_the_ends_of_a_large_parameter() -> None:
+    numbers = torch.zeros((1 << 25) + 4, dtype=torch.uint8)
+    model: Any = SimpleNamespace(state_dict=lambda: {"w": numbers, "empty": torch.zeros(0), "one": torch.zeros(())})
+    prints = [weights_fingerprint(model)]
+    for place in (0, -1):
+        numbers[place] = 1
+        prints.append(weights_fingerprint(model))
+    assert len(set(prints)) == 3
 
 
 def test_no_damage_is_loaded(tmp_path: Path) -> None:
