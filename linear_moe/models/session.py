@@ -94,6 +94,8 @@ class Session:
             ValueError: naming the argument that does not fit.
         """
         self._check(tokens, padding_mask, segment)
+        # All of it before any is read: a text that is refused must not have moved the state.
+        self.model._check_tokens(tokens, padding_mask)
         if not self.is_new:
             self.logits()
         self._stand_still()

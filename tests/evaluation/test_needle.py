@@ -53,6 +53,9 @@ class Finder(nn.Module):
     def new_state(self, batch_size: int) -> Seen:
         return Seen([[] for _ in range(batch_size)])
 
+    def _check_tokens(self, tokens: Tensor, padding_mask: None) -> None:
+        assert padding_mask is None
+
     def hidden(self, tokens: Tensor, *, state: Seen, padding_mask: None = None) -> Tensor:
         logits = torch.zeros(*tokens.shape, 257)
         for row, text in enumerate(state.texts):

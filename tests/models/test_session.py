@@ -228,6 +228,9 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
             do()
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\] with at least one prompt of one token"):
         session.read(TEXT[:, :0])
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, vocab_size = 11\), got 11"):
+        session.read(torch.tensor([[1, 2, 3, 11]]), segment=2)
+    assert session.state.tokens_seen.tolist() == [0]
     with pytest.raises(ValueError, match="segment must be at least 1, got 0"):
         session.read(TEXT, segment=0)
     with pytest.raises(ValueError, match="got a row without any"):
