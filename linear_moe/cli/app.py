@@ -10,6 +10,7 @@ import typer
 
 from linear_moe.cli import errors
 from linear_moe.cli.config_schema import config_schema
+from linear_moe.cli.convert import convert
 from linear_moe.cli.demo import demo
 from linear_moe.cli.doctor import doctor
 from linear_moe.cli.eval import eval_
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (rules, explain, train, generate, eval_, inspect, demo, doctor, config_schema):
+for command in (rules, explain, train, generate, eval_, inspect, convert, demo, doctor, config_schema):
     app.command(name=command.__name__.rstrip("_").replace("_", "-"))(errors.explained(command))
 
 

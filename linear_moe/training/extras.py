@@ -1,27 +1,7 @@
-"""Packages that only training or plotting needs: found, or asked for by the command that installs them."""
+"""Packages that only training or plotting needs. They are looked for as those of models are."""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+from linear_moe.models.extras import MissingExtraError, require
 
-
-class MissingExtraError(ImportError):
-    """A package of one of the optional extras is not installed."""
-
-
-def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module`, which the package's `extra` brings.
-
-    Raises:
-        MissingExtraError: naming the pip command, if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise
-        raise MissingExtraError(
-            f"{package} is needed for this and is not installed: pip install 'linear-moe[{extra}]'", name=package
-        ) from error
+__all__ = ["MissingExtraError", "require"]
