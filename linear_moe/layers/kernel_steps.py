@@ -100,8 +100,8 @@ class SlotConv:
 
         self.plan, self.weight, self.bias = plan, weight, bias
         self.num_states = num_states
-        self.source = plan.order // fan_out
-        self.place = plan.place.view(-1, fan_out)
+        self.source = None if plan.identity else plan.order // fan_out
+        self.place = None if plan.identity else plan.place.view(-1, fan_out)
         self.segment = segment_of_slots(plan.cu_seqlens, plan.order.shape[0])
         self.state = None if state is None else state.transpose(0, 1).flatten(0, 1)
         self._carried: dict[int, Tensor] = {}

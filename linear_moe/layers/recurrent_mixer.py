@@ -29,7 +29,7 @@ from linear_moe.layers.kernel_steps import (
 )
 from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.projections import grouped_linear, xavier_init_
-from linear_moe.layers.routing import SlotPlan, sort_slots
+from linear_moe.layers.routing import SlotPlan, slots_of_batch, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
 from linear_moe.layers.slots import gather_tokens, scatter_slots
@@ -244,7 +244,11 @@ class RecurrentMixer(nn.Module, ABC):
         fan_out = assignment.memory.shape[1]
         num_sequences = sequences.num_sequences
         num_segments = self.num_states * num_sequences
-        if kernels:
+        # Without pads every slot is a memory's.
+        covered = padding_mask is None and cu_seqlens is None
+        if covered and self.num_states == 1:
+            plan = slots_of_batch(x.shape[0], x.shape[1], x.device)
+        elif kernels:
             plan = plan_of(assignment.memory, sequences, self.num_states)
         else:
             groups = assignment.memory * num_sequences + sequences.index[:, None]
@@ -252,8 +256,6 @@ class RecurrentMixer(nn.Module, ABC):
             plan = sort_slots(groups.flatten(), num_segments)
 
         cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
-        # Without pads every slot is a memory's.
-        covered = padding_mask is None and cu_seqlens is None
         if kernels and self.conv_parts is not None:
             raw, conv_state = self._project_and_convolve(tokens, plan, cu_memories, fan_out, conv_state, covered)
             normalized = self.conv_norms
@@ -268,7 +270,7 @@ class RecurrentMixer(nn.Module, ABC):
         if state is not None:
             positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
         parameters = self.gate_parameters.of_slots(self._memory_of_slots(plan, cu_memories)[None])
-        slot_positions = positions[plan.order // fan_out][None]
+        slot_positions = (positions if plan.identity else positions[plan.order // fan_out])[None]
         if normalized:
             rule_tokens = self.rule.normalized_tokens(raw, parameters)
         else:

@@ -180,6 +180,14 @@ class SlotPlan:
     """`[R]` the sorted place of each slot: the inverse of `order`."""
     cu_seqlens: Tensor
     """`[N + 1]` where each group begins; `cu_seqlens[N]` slots are in a group, the rest (pads) trail."""
+    identity: bool = False
+    """Whether it is known that slot i is token i and stays at place i."""
+
+
+def slots_of_batch(num_sequences: int, length: int, device: torch.device) -> SlotPlan:
+    """The plan of one memory and a batch without pads: there is nothing to sort."""
+    places = torch.arange(num_sequences * length, device=device)
+    return SlotPlan(places, places, torch.arange(num_sequences + 1, device=device) * length, identity=True)
 
 
 def sort_slots(groups: Tensor, num_groups: int) -> SlotPlan:

@@ -28,10 +28,13 @@ class _GatherTokens(torch.autograd.Function):
 
 def gather_tokens(tokens: Tensor, plan: SlotPlan, fan_out: int) -> Tensor:
     """`[S, ...]` to `[S * fan_out, ...]` in the plan's order; slot i belongs to token i // fan_out."""
+    if plan.identity:
+        return tokens
     gathered: Tensor = _GatherTokens.apply(tokens, plan.order, plan.place, fan_out)
     return gathered
 
 
 def scatter_slots(slots: Tensor, plan: SlotPlan, fan_out: int) -> Tensor:
     """`[S * fan_out, ...]` in the plan's order to `[S, fan_out, ...]`."""
-    return slots.index_select(0, plan.place).reshape(-1, fan_out, *slots.shape[1:])
+    by_token = slots if plan.identity else slots.index_select(0, plan.place)
+    return by_token.reshape(-1, fan_out, *slots.shape[1:])

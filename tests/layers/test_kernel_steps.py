@@ -1,0 +1,127 @@
+"""Layers whose steps run on kernels of their own, against the same layers in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton", reason="triton is for Linux")
+
+from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer
+from linear_moe.testing.budget import assert_within_budget
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
+MIXTURE = {"num_memories": 3, "top_k": 2}
+
+
+def build(rule: str, dtype: torch.dtype, *, impl: str, memory: bool = False, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    cls, mixture = (MemoryLayer, {}) if memory else (MoMLayer, MIXTURE)
+    layer = cls(16, rule, **SIZES | mixture | options, impl=impl).to(DEVICE)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer.to(dtype)
+
+
+def measured(layer: nn.Module, x: Tensor, **given: Any) -> dict[str, Tensor]:
+    """Output and all gradients of one loss."""
+    x = x.detach().to(layer.out_proj.weight.dtype).requires_grad_()
+    y = layer(x, **given)
+    seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    names = [name for name, _ in layer.named_parameters()]
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], seed.to(y.dtype))
+    return {"y": y.detach(), "x": gradients[0]} | dict(zip(names, gradients[1:], strict=True))
+
+
+def check(rule: str, x: Tensor, *, given: dict[str, Any] | None = None, **options: Any) -> None:
+    """Kernels in float32 are within the budget of PyTorch's."""
+    candidate = measured(build(rule, torch.float32, impl="triton", **options), x, **given or {})
+    reference = measured(build(rule, torch.float32, impl="chunked", **options), x, **given or {})
+    exact = measured(build(rule, torch.float64, impl="chunked", **options), x, **given or {})
+    # A parameter's gradient is a sum over tokens of either sign: its rounding is that of the largest gradient of its kind.
+    largest = max(float(value.abs().max()) for value in exact.values())
+    terms = {name: torch.full((1,), largest, dtype=torch.float64) for name in exact}
+    assert_within_budget(candidate, reference, exact, torch.float32, terms)
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@pytest.mark.parametrize("rule", ["gated_deltanet", "gla", "mamba2", "retnet", "linear_attention", "deltanet"])
+def test_a_mixture_of_any_rule(rule: str) -> None:
+    check(rule, tokens(2, 7))
+
+
+@pytest.mark.parametrize("rule", ["gated_deltanet", "mamba2"])
+def test_one_memory(rule: str) -> None:
+    check(rule, tokens(2, 7), memory=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"conv_scope": "sequence"},
+        {"memory_projections": "shared"},
+        {"query_projection": "memory"},
+        {"shared_memory": False},
+        {"conv_width": 1},
+        {"output_gate": "sigmoid"},
+        {"norm_groups": 1},
+        {"head_value_dim": 12, "num_value_heads": 4},
+    ],
+    ids=str,
+)
+def test_options_take_the_kernels_or_leave_them(options: dict[str, Any]) -> None:
+    check("gated_deltanet", tokens(1, 6), **options)
+
+
+def test_pads_and_documents() -> None:
+    x = tokens(2, 8)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool, device=DEVICE)
+    check("gated_deltanet", x, given={"padding_mask": mask})
+    check("gated_deltanet", x[:1], given={"cu_seqlens": torch.tensor([0, 3, 3, 8], device=DEVICE)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["gated_deltanet", "mamba2"])
+def test_splits_with_a_carried_state(rule: str) -> None:
+    layer, x = build(rule, torch.float32, impl="triton"), tokens(2, 9)
+    exact = build(rule, torch.float64, impl="chunked")
+    state, wide = layer.new_state(2), exact.new_state(2)
+    parts = [layer(x[:, begin:end], state=state) for begin, end in ((0, 4), (4, 5), (5, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), exact(x.double(), state=wide).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.memory, wide.memory.float(), rtol=1e-4, atol=1e-5)
+    assert state.conv is not None and wide.conv is not None
+    torch.testing.assert_close(state.conv, wide.conv.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 2, 3)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernel_steps.kernels_run(x, "triton")
+    # In the interpreter only by name.
+    assert not kernel_steps.kernels_run(x, "auto")
+    assert not kernel_steps.kernels_run(x, "chunked")
+    assert not kernel_steps.kernels_run(x.double(), "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not kernel_steps.kernels_run(x, "triton")
+
+
+def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that left them would pass every comparison above."""
+    called: list[str] = []
+    for name in ("plan_of", "SlotConv"):
+        original = getattr(recurrent_mixer, name)
+        monkeypatch.setattr(
+            recurrent_mixer, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1]
+        )
+    layer = build("gated_deltanet", torch.float32, impl="triton")
+    monkeypatch.setattr(layer, "_combine", None)
+    layer(tokens(1, 3))
+    assert called == ["plan_of", "SlotConv"]
