@@ -77,8 +77,9 @@ def definition(inputs: Inputs, eps: float) -> Tensor:
     each = scatter_slots(reads, SlotPlan(place, place, place), place.numel() // tokens)
     mixed = each.sum(1) if weights is None else (weights[..., None, None] * each).sum(1)
     gate = inputs["gate"].unflatten(-1, (heads, V))
-    norm = GatedRMSNorm(V, eps)
-    output: Tensor = functional_call(norm, {"weight": inputs["norm_weight"]}, (mixed, gate)).reshape(tokens, width)
+    norm = GatedRMSNorm(heads, V, eps)
+    given = (mixed, gate, gate.dtype)
+    output: Tensor = functional_call(norm, {"weight": inputs["norm_weight"]}, given).reshape(tokens, width)
     return output if valid is None else torch.where(valid[:, None], output, 0)
 
 
