@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from linear_moe.cli.console import make_console
-from linear_moe.cli.errors import INTERRUPTED
+from linear_moe.cli.errors import INTERRUPTED, tell
 from linear_moe.cli.explain import CONFIG_HELP
 from linear_moe.cli.options import Device, Threads, choose_device, set_threads
 from linear_moe.models.library import load_config
@@ -70,14 +70,18 @@ def train(
     evaluate_every: Annotated[
         int, typer.Option(help="Steps between two held-out scores; 0: the last one only.")
     ] = _PLAN.evaluate_every,
-    impl: Annotated[str, typer.Option(help="How memory layers run: auto, triton, chunked or recurrent.")] = "auto",
+    impl: Annotated[
+        str,
+        typer.Option(help="How memory layers run: auto, triton, chunked or recurrent; --resume keeps to what it was."),
+    ] = "auto",
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train a declared model on recall or on text.
 
-    The run's folder gets metrics.jsonl and checkpoints (model.safetensors, config.yaml, state.pt). Ctrl-C ends the step,
-    leaves a checkpoint and exits with 130; --resume goes on from there.
+    The run's folder gets metrics.jsonl and checkpoints (model.safetensors, config.yaml, state.pt and
+    their checksums). Ctrl-C ends the step, leaves a checkpoint and exits with 130; --resume goes on from there, or after a
+    crash from the newest checkpoint that is undamaged, bit for bit.
 
     Example: linear-moe train text-small --task text --data my_notes/ --steps 500 --output runs/notes
     """
@@ -86,7 +90,7 @@ def train(
     if resume is not None:
         _refuse_with_resume(context)
         new_length = steps if _given(context, "steps") else None
-        run = resume_run(resume, steps=new_length, device=where, impl=impl)
+        run = resume_run(resume, steps=new_length, device=where, impl=impl if _given(context, "impl") else None)
     else:
         if config is None:
             raise ValueError("train needs a CONFIG (a YAML file or a shipped model), or --resume with a run's folder")
@@ -128,6 +132,8 @@ def _train(run: Run, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(run.task.describe(), markup=False, soft_wrap=True)
+    for note in run.notes:
+        tell(note, kind="note")
     outcome = run.train(make_display(console, steps=run.plan.settings.steps, start=run.step))
     if outcome.interrupted:
         console.print(f"interrupted after step {outcome.step}; checkpoint: {outcome.checkpoint}", soft_wrap=True)

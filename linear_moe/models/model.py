@@ -95,6 +95,7 @@ class LanguageModel(nn.Module):
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """The logits of the token after each token.
 
@@ -103,15 +104,16 @@ class LanguageModel(nn.Module):
             padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere.
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
             state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
+            places: `[L]` int64 positions in the flattened `[B * T]`, to have the logits of those tokens only.
 
         Returns:
-            `[B, T, vocab_size]` in the dtype of the parameters (autocast's under autocast), 0 at pads.
+            `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads.
 
         Raises:
             ValueError: naming the argument that does not fit.
         """
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
-        return self.logits(hidden)
+        return self.logits(hidden if places is None else hidden.flatten(0, 1)[places])
 
     def hidden(
         self,

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from linear_moe.data.batch import IGNORE_INDEX, Batch
 from linear_moe.layers.auxiliary import collect_auxiliary_losses, set_auxiliary_scale
+from linear_moe.layers.balance import BalanceBias
 from linear_moe.models.model import LanguageModel
+from linear_moe.rules.base import upcast
+from linear_moe.training.divergence import DivergedError, first_bad_gradient, first_bad_parameter, first_not_finite
 from linear_moe.training.optimizer import set_learning_rate
 from linear_moe.training.schedule import learning_rate
 from linear_moe.training.settings import TrainSettings
 from linear_moe.training.tasks import Task
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number."""
 
 
 class StepReport(NamedTuple):
@@ -42,56 +41,101 @@ def optimise(
     """Train from step `start` on; what is yielded has been done, and the model may be looked at or saved between.
 
     Raises:
-        DivergedError: naming the step whose loss or gradient is not finite. The parameters are as before that step.
+        DivergedError: naming the step whose loss or gradient is not finite, and where that began. The parameters are as
+            before that step.
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for step in range(start, settings.steps):
         batches = [task.batch(step * settings.accumulate + part) for part in range(settings.accumulate)]
         model.train()
         rate = learning_rate(step, settings)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(model, batches, settings.precision)
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip))
+        total = accumulate_gradients(model, batches, settings.precision)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        total_norm = nn.utils.get_total_norm(gradients)
+        # One wait for the device a step.
+        loss, norm = torch.stack((total.double(), total_norm.double())).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient norm"
-            raise DivergedError(
-                f"step {step + 1}: the {what} is {loss if what == 'loss' else norm}; the last good parameters are those of "
-                f"step {step}. A smaller learning rate (now {rate:.3g}) or a longer warm-up usually helps"
-            )
+            raise _diverged(model, batches, settings, step, loss, norm, rate)
+        nn.utils.clip_grads_with_norm_(parameters, settings.gradient_clip, total_norm)
         optimizer.step()
         for module in model.modules():
-            update = getattr(module, "update_balance_bias", None)
-            if update is not None:
-                update()
+            if isinstance(module, BalanceBias):
+                module.update_balance_bias()
         yield StepReport(step + 1, loss, norm, rate, sum(batch.tokens.numel() for batch in batches))
 
 
-def accumulate_gradients(model: LanguageModel, batches: Sequence[Batch], precision: str = "float32") -> float:
-    """Add the gradient of the mean loss over all labels of `batches` to the parameters; returns that loss.
+def accumulate_gradients(model: LanguageModel, batches: Sequence[Batch], precision: str = "float32") -> Tensor:
+    """Add the gradient of the mean loss over all labels of `batches` to the parameters; returns that loss, a scalar.
 
-    A batch counts by its labels. Its auxiliary losses take the same factor, attached or collected.
+    A batch counts by its labels: the gradient is that of one batch of all their sequences. Its auxiliary losses, which are
+    means over a batch's tokens, take the same factor, attached or collected.
     """
     counts = [batch.num_labels for batch in batches]
-    device = next(model.parameters()).device
-    total = 0.0
+    every = max(sum(counts), 1)
+    losses = []
     for batch, count in zip(batches, counts, strict=True):
-        share = count / max(sum(counts), 1)
         # Before the forward: what is attached is attached with the scale of that moment.
-        set_auxiliary_scale(model, share)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = label_loss(model, batch) * share
-        (loss + share * collect_auxiliary_losses(model).to(loss.device)).backward()
-        total += float(loss.detach())
+        set_auxiliary_scale(model, count / every)
+        with autocast(model, precision):
+            loss = summed_loss(model, batch) / every
+        (loss + collect_auxiliary_losses(model).to(loss.device) * (count / every)).backward()
+        losses.append(loss.detach())
     set_auxiliary_scale(model, 1.0)
-    return total
+    return torch.stack(losses).sum()
 
 
-def label_loss(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean cross entropy over the batch's labels, in nats. Only labelled positions go through the head."""
+def autocast(model: nn.Module, precision: str) -> torch.autocast:
+    """The context of a forward: for "bfloat16" the large products are in it, parameters and optimiser stay float32.
+
+    Parameters kept in bfloat16 would lose what is learned: with 8 bits, an update below 1/256 of a weight is rounded away,
+    and late in training most are.
+    """
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def summed_loss(model: LanguageModel, batch: Batch) -> Tensor:
+    """Sum of the cross entropy over the batch's labels, in nats. Only labelled positions go through the head."""
     device = next(model.parameters()).device
     # Found where the batch is made, on the CPU: on a GPU their number would have to be waited for.
     places = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     labels = batch.labels.flatten()[places].to(device)
     borders = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-    hidden = model.hidden(batch.tokens.to(device), cu_seqlens=borders).flatten(0, 1)
-    return F.cross_entropy(model.logits(hidden[places.to(device)]).float(), labels)
+    logits = model(batch.tokens.to(device), cu_seqlens=borders, places=places.to(device))
+    return F.cross_entropy(upcast(logits), labels, reduction="sum")
+
+
+def _diverged(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    settings: TrainSettings,
+    step: int,
+    loss: float,
+    norm: float,
+    rate: float,
+) -> DivergedError:
+    """The error of a step that is not done, with what a second look at it finds."""
+    if math.isfinite(loss):
+        what = f"the gradient norm is {norm}"
+        layer = first_bad_gradient(model)
+        where = f"; nearest to the loss, the gradient of {layer} is not finite" if layer else "; it is too large"
+    else:
+        what = f"the loss is {loss}"
+
+        def again() -> None:
+            for batch in batches:
+                with autocast(model, settings.precision):
+                    summed_loss(model, batch)
+
+        layer = first_not_finite(model, again)
+        where = f"; the first output that is not finite is that of {layer or 'the loss'}"
+        bad = first_bad_parameter(model)
+        where += f", and the parameter {bad} is not finite to begin with" if bad else ""
+    return DivergedError(
+        f"step {step + 1}: {what}{where}. The last good parameters are those of step {step}. A smaller learning rate (now "
+        f"{rate:.3g}) or a longer warm-up usually helps",
+        step=step + 1,
+        layer=layer,
+        batches=batches,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,3 +43,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set it in every group."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the optimiser has gathered, by the names of the model's parameters: `{parameter: {"exp_avg": tensor, ...}}`."""
+    state = optimizer.state
+    return {name: dict(state[parameter]) for name, parameter in model.named_parameters() if parameter in state}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` gave.
+
+    Raises:
+        ValueError: if it belongs to another model.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(saved.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(f"the optimiser's state names {unknown[0]!r}, which the model does not have")
+    places = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    content = optimizer.state_dict()
+    content["state"] = {places[parameters[name]]: values for name, values in saved.items()}
+    optimizer.load_state_dict(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEDULES = ("cosine", "one-cycle", "constant")
+SCHEDULES = ("cosine", "wsd", "one-cycle", "constant")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -15,9 +15,11 @@ class TrainSettings:
     Args:
         steps: optimiser steps.
         learning_rate: the schedule's peak.
-        schedule: "cosine": linear warm-up, then a half cosine down to a tenth; "one-cycle": half cosines up from 1/25 and down
-            to 0; "constant": linear warm-up, then the peak.
+        schedule: "cosine": linear warm-up, then a half cosine down to a tenth; "wsd": linear warm-up, the peak, and a linear
+            way down to 0 in the last `decay` of the steps (2405.18392); "one-cycle": half cosines up from 1/25 and down to 0;
+            "constant": linear warm-up, then the peak.
         warmup: fraction of the steps before the peak; None for 0.05, and 0.3 for one-cycle.
+        decay: of "wsd": fraction of the steps on the way down.
         weight_decay: on matrices only: see `parameter_groups`.
         betas: of AdamW.
         gradient_clip: largest norm of all gradients together.
@@ -33,6 +35,7 @@ class TrainSettings:
     learning_rate: float = 3e-3
     schedule: str = "cosine"
     warmup: float | None = None
+    decay: float = 0.2
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
@@ -53,6 +56,8 @@ class TrainSettings:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a fraction of the steps and must be in [0, 1), got {self.warmup}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay is a fraction of the steps and must be in (0, 1], got {self.decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,12 @@ class Task(Protocol):
     def batch(self, index: int) -> Batch:
         """Training batch `index`, a function of it alone, so that a resumed run sees what it would have seen."""
 
+    def state(self) -> dict[str, Any]:
+        """Where it is in its data, as plain data and tensors; empty if `batch` depends on its index alone."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
         """Scores on held-out data, by name."""
 
@@ -43,7 +49,18 @@ class Task(Protocol):
         """Something the model says, if the task has words."""
 
 
-class RecallTask:
+class IndexedTask:
+    """A task whose batches depend on their index alone: it has no place to keep."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to go back to."""
+
+
+class RecallTask(IndexedTask):
     """Multi-query associative recall: fresh problems every step, accuracy on problems that are never trained on.
 
     Args:
@@ -122,7 +139,7 @@ class RecallTask:
         )
 
 
-class TextTask:
+class TextTask(IndexedTask):
     """Bytes of text: the next byte of every byte, and bits per byte on held-out documents.
 
     Args:

@@ -12,7 +12,8 @@ import torch
 from small_models import small_config
 
 from linear_moe.training.checkpoint import find_checkpoint, load_model
-from linear_moe.training.loop import DivergedError, StepReport
+from linear_moe.training.divergence import DivergedError
+from linear_moe.training.loop import StepReport
 from linear_moe.training.metrics import read_metrics
 from linear_moe.training.plan import RunPlan, TaskOptions
 from linear_moe.training.run import Run, resume_run, start_run
@@ -115,6 +116,29 @@ def test_a_run_may_be_made_longer(tmp_path: Path) -> None:
     assert longer.train(Watcher()).step == 5
 
 
+def test_what_was_left_to_do_after_the_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _start(tmp_path, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.task, "sample", lambda model: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.train(Watcher())
+    resumed = resume_run(tmp_path)
+    watcher = Watcher()
+    outcome = resumed.train(watcher)
+    assert (resumed.step, watcher.steps) == (2, [])
+    assert outcome.scores
+    assert (tmp_path / "sample.txt").exists()
+    with pytest.raises(ValueError, match="nothing is left"):
+        resume_run(tmp_path)
+
+
+def test_what_may_change_the_last_bits_is_said(tmp_path: Path) -> None:
+    _start(tmp_path, steps=1).train(Watcher())
+    assert resume_run(tmp_path, steps=2).notes == ()
+    (note,) = resume_run(tmp_path, steps=2, impl="recurrent").notes
+    assert note.endswith("impl was auto, is recurrent")
+
+
 def test_divergence_leaves_the_checkpoints_so_far(tmp_path: Path) -> None:
     run = _start(tmp_path, checkpoint_every=2)
 
@@ -124,8 +148,10 @@ def test_divergence_leaves_the_checkpoints_so_far(tmp_path: Path) -> None:
                 with torch.no_grad():
                     run.model.norm.weight.fill_(float("nan"))
 
-    with pytest.raises(DivergedError, match="step 4"):
+    with pytest.raises(DivergedError, match=r"step 4: .* that of norm, .*is in .*diverged-step-00000004\.pt"):
         run.train(Poison())
+    saved = torch.load(tmp_path / "diverged-step-00000004.pt", weights_only=True)
+    assert torch.equal(saved["batches"][1]["tokens"], run.task.batch(7).tokens)
     assert find_checkpoint(tmp_path).name == "step-00000002"
 
 

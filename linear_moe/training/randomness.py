@@ -1,0 +1,35 @@
+"""The state of every global source of random numbers, as plain data and tensors."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from linear_moe.training.extras import require
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of torch on the CPU and on `device`, of numpy and of Python: what `torch.load(weights_only=True)` takes."""
+    numpy = require("numpy", extra="train")
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    version, internal, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [name, torch.tensor(keys.astype("int64")), int(position), int(has_gauss), float(gauss)],
+        "python": [version, torch.tensor(internal), next_gauss],
+    }
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `random_state` saved. A GPU's is left alone if it was saved on a machine without one."""
+    numpy = require("numpy", extra="train")
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), next_gauss))
