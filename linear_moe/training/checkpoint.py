@@ -94,9 +94,11 @@ def save_checkpoint(
             contiguous = {name: tensor.contiguous() for name, tensor in whole.items()}
             safetensors.save_file(contiguous, str(aside / MODEL_FILE), metadata={"format": "pt"})
             (aside / CONFIG_FILE).write_text(model.config.to_yaml(), encoding="utf-8")
-            torch.save({"format": STATE_FORMAT, **state._asdict()}, aside / STATE_FILE)
-            for file in attachments:
-                shutil.copyfile(file, aside / file.name)
+            # Through a file of Python's: torch's own writer keeps to itself why it could not write.
+            with (aside / STATE_FILE).open("wb") as file:
+                torch.save({"format": STATE_FORMAT, **state._asdict()}, file)
+            for attachment in attachments:
+                shutil.copyfile(attachment, aside / attachment.name)
             write_manifest(aside)
             if target.exists():
                 # A folder can't be replaced in one step; this one is damaged, or holds the same step of the same run.

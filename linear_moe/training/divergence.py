@@ -86,8 +86,8 @@ def save_batches(error: DivergedError, folder: Path) -> Path:
         "message": str(error),
         "batches": [batch._asdict() for batch in error.batches],
     }
-    with full_disk_named("the batch of a diverged step", folder, str(error)):
-        torch.save(content, path)
+    with full_disk_named("the batch of a diverged step", folder, str(error)), path.open("wb") as file:
+        torch.save(content, file)
     return path
 
 

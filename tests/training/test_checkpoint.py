@@ -130,6 +130,20 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(
     assert load_trainer_state(tmp_path).step == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_disk_that_is_full_for_torch_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    save_checkpoint(tmp_path, model, _state(1))
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "open", lambda path, *mode: opened(Path("/dev/full") if path.name == "state.pt" else path, *mode)
+        )
+        with pytest.raises(DiskFullError, match="the checkpoint of step 2 could not be written"):
+            save_checkpoint(tmp_path, model, _state(2))
+    assert load_trainer_state(tmp_path).step == 1
+
+
 def test_another_error_in_between_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, small_model(), _state(1))
 
