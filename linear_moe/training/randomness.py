@@ -10,6 +10,13 @@ import torch
 from linear_moe.training.extras import require
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    require("numpy", extra="train").random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """Of torch on the CPU and on `device`, of numpy and of Python: what `torch.load(weights_only=True)` takes."""
     numpy = require("numpy", extra="train")

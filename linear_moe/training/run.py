@@ -33,7 +33,7 @@ from linear_moe.training.metrics import MetricsFile, read_metrics, routing_summa
 from linear_moe.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 from linear_moe.training.plan import RunPlan, build_task
 from linear_moe.training.progress import Display, Speed
-from linear_moe.training.randomness import random_state, restore_random_state
+from linear_moe.training.randomness import random_state, restore_random_state, seed_all
 from linear_moe.training.run_lock import RunLock
 from linear_moe.training.tasks import Task
 
@@ -157,7 +157,7 @@ def start_run(
             f"{str(folder)!r} already holds a run; go on with it (--resume {folder}), or name another folder"
         )
     task = build_task(plan.task, config, plan.settings.seed)
-    torch.manual_seed(plan.settings.seed)
+    seed_all(plan.settings.seed)
     model = build_model(config, device=device, impl=impl)
     folder.mkdir(parents=True, exist_ok=True)
     return Run(folder, model, build_optimizer(model, plan.settings), task, plan, impl=impl)

@@ -77,8 +77,6 @@ def plan(steps: int) -> RunPlan:
 
 def attempt(folder: Path, steps: int) -> None:
     """Start the run of `folder`, or go on with it, to its end."""
-    np.random.seed(0)
-    random.seed(0)
     if checkpoints_of(folder):
         run = resume_run(folder)
     else:

@@ -137,7 +137,9 @@ def test_a_disk_that_is_full_for_torch_itself_is_named(tmp_path: Path, monkeypat
     opened = Path.open
     with monkeypatch.context() as patch:
         patch.setattr(
-            Path, "open", lambda path, *mode: opened(Path("/dev/full") if path.name == "state.pt" else path, *mode)
+            Path,
+            "open",
+            lambda path, *a, **k: opened(Path("/dev/full") if path.name == "state.pt" else path, *a, **k),
         )
         with pytest.raises(DiskFullError, match="the checkpoint of step 2 could not be written"):
             save_checkpoint(tmp_path, model, _state(2))
