@@ -39,12 +39,21 @@ def train(
     ] = _TASK.batch_size,
     accumulate: Annotated[int, typer.Option(help="Batches a step.")] = _SETTINGS.accumulate,
     learning_rate: Annotated[float, typer.Option(help="The schedule's peak.")] = _SETTINGS.learning_rate,
-    schedule: Annotated[str, typer.Option(help="cosine, one-cycle or constant.")] = _SETTINGS.schedule,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, wsd (stable, then down), one-cycle or constant.")
+    ] = _SETTINGS.schedule,
     warmup: Annotated[
         float | None, typer.Option(help="Fraction of the steps before the peak.  [default: 0.05, one-cycle 0.3]")
     ] = _SETTINGS.warmup,
+    decay: Annotated[float, typer.Option(help="wsd: fraction of the steps on the way down.")] = _SETTINGS.decay,
     weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _SETTINGS.weight_decay,
+    gradient_clip: Annotated[
+        float, typer.Option(help="Largest norm of all gradients together.")
+    ] = _SETTINGS.gradient_clip,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = _SETTINGS.precision,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="On a GPU, only algorithms that repeat their bits: slower.")
+    ] = _SETTINGS.deterministic,
     seed: Annotated[int, typer.Option(help="Of the parameters and of the data's order.")] = _SETTINGS.seed,
     problem: Annotated[
         list[str] | None,
@@ -107,12 +116,17 @@ def train(
         _refuse_other_tasks(context, task)
         if pattern and (data is None or data.is_file()):
             raise ValueError("--pattern would be ignored: it chooses among the files of a folder, which --data names")
+        if schedule != "wsd" and _given(context, "decay"):
+            raise ValueError(f"--decay would be ignored: it belongs to --schedule wsd, not {schedule}")
         settings = TrainSettings(
             steps=steps,
             learning_rate=learning_rate,
             schedule=schedule,
             warmup=warmup,
+            decay=decay,
             weight_decay=weight_decay,
+            gradient_clip=gradient_clip,
+            deterministic=deterministic,
             accumulate=accumulate,
             seed=seed,
             precision=precision,

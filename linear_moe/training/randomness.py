@@ -1,8 +1,11 @@
-"""The state of every global source of random numbers, as plain data and tensors."""
+"""What makes two runs differ: the global sources of random numbers, and algorithms that do not repeat their own bits."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,3 +43,17 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), next_gauss))
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Inside, if `wanted`, torch takes only algorithms that give the same bits each time, and refuses where it has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        # cuBLAS reads this when it is first used; without it torch refuses matrix products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -33,7 +33,7 @@ from linear_moe.training.metrics import MetricsFile, read_metrics, routing_summa
 from linear_moe.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 from linear_moe.training.plan import RunPlan, build_task
 from linear_moe.training.progress import Display, Speed
-from linear_moe.training.randomness import random_state, restore_random_state, seed_all
+from linear_moe.training.randomness import random_state, repeatable, restore_random_state, seed_all
 from linear_moe.training.run_lock import RunLock
 from linear_moe.training.tasks import Task
 
@@ -76,7 +76,7 @@ class Run:
             ValueError: if another process is training this run.
         """
         plan, speed = self.plan, Speed()
-        with RunLock(self.folder):
+        with RunLock(self.folder), repeatable(plan.settings.deterministic):
             remove_leftovers(self.folder)
             if self._saved is not None:
                 set_damaged_aside(self.folder, self._saved[1])

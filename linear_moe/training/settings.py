@@ -20,12 +20,13 @@ class TrainSettings:
             "constant": linear warm-up, then the peak.
         warmup: fraction of the steps before the peak; None for 0.05, and 0.3 for one-cycle.
         decay: of "wsd": fraction of the steps on the way down.
-        weight_decay: on matrices only: see `parameter_groups`.
+        weight_decay: on matrices only; A_log, dt_bias, norms and biases are left out: see `parameter_groups`.
         betas: of AdamW.
         gradient_clip: largest norm of all gradients together.
         accumulate: batches a step.
         seed: of the initialisation (by whoever builds the model) and of the order of the data.
-        precision: "float32", or "bfloat16" by autocast; parameters stay as they are built.
+        precision: "float32", or "bfloat16" by autocast: parameters, optimiser, gates and memories stay float32.
+        deterministic: on a GPU, take only algorithms that give the same bits each time; on a CPU all do.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -42,6 +43,7 @@ class TrainSettings:
     accumulate: int = 1
     seed: int = 0
     precision: str = "float32"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate"):
