@@ -19,6 +19,9 @@ from linear_moe.training.run import METRICS_FILE, Outcome, Run, resume_run, star
 from linear_moe.training.settings import TrainSettings
 
 _TASK, _SETTINGS, _PLAN = TaskOptions(), TrainSettings(), RunPlan()
+_OF_STREAMS = ("dataset_config", "split", "held_out_documents")
+_OF_FILES = ("pattern", "held_out")
+_OF_TEXT = ("data", "dataset", "text_key", "tokenizer", "document_start", "length", *_OF_FILES, *_OF_STREAMS)
 _WITH_RESUME = frozenset({"resume", "steps", "device", "impl", "threads"})
 
 
@@ -64,12 +67,35 @@ def train(
     filler: Annotated[str, typer.Option(help="mqar: what stands between queries, zero or uniform.")] = _TASK.filler,
     data: Annotated[
         Path | None,
-        typer.Option(help="text: a file or folder.  [default: the Python standard library's sources]"),
+        typer.Option(
+            help="text: a file or folder of text, JSON lines or Parquet.  [default: the Python standard library's sources]"
+        ),
     ] = None,
     pattern: Annotated[
         list[str] | None,
         typer.Option(help="text: names of a folder's files, such as '*.txt'; may be given several times."),
     ] = None,
+    text_key: Annotated[
+        str | None,
+        typer.Option(help="text: under which a row of JSON lines, Parquet or a dataset has it.  [default: text]"),
+    ] = _TASK.text_key,
+    dataset: Annotated[
+        str | None, typer.Option(help="text: a dataset of the hub, or a folder, streamed by the `datasets` library.")
+    ] = _TASK.dataset,
+    dataset_config: Annotated[str | None, typer.Option(help="--dataset: its configuration.")] = _TASK.dataset_config,
+    split: Annotated[str, typer.Option(help="--dataset: its split.")] = _TASK.split,
+    held_out_documents: Annotated[
+        int, typer.Option(help="--dataset: so many of its first documents are held out.")
+    ] = _TASK.held_out_documents,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="text: a tokenizer.json.  [default: every byte is a token]")
+    ] = None,
+    document_start: Annotated[
+        str | None,
+        typer.Option(
+            help="--tokenizer: the token that begins a document.  [default: its <|endoftext|>, <s> or the like]"
+        ),
+    ] = _TASK.document_start,
     length: Annotated[int, typer.Option(help="text: tokens of a segment, at most.")] = _TASK.context,
     held_out: Annotated[float, typer.Option(help="text: fraction of the documents held out.")] = _TASK.held_out,
     log_every: Annotated[int, typer.Option(help="Steps between two lines of metrics.")] = _PLAN.log_every,
@@ -110,10 +136,18 @@ def train(
             data=None if data is None else str(data),
             patterns=tuple(pattern) if pattern else _TASK.patterns,
             held_out=held_out,
+            text_key=text_key,
+            dataset=dataset,
+            dataset_config=dataset_config,
+            split=split,
+            held_out_documents=held_out_documents,
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            document_start=document_start,
             context=length,
             batch_size=batch_size,
         )
         _refuse_other_tasks(context, task)
+        _refuse_other_sources(context, dataset, tokenizer)
         if pattern and (data is None or data.is_file()):
             raise ValueError("--pattern would be ignored: it chooses among the files of a folder, which --data names")
         if schedule != "wsd" and _given(context, "decay"):
@@ -181,10 +215,23 @@ def _refuse_with_resume(context: typer.Context) -> None:
 
 def _refuse_other_tasks(context: typer.Context, task: str) -> None:
     """Raises ValueError for an option that the task would ignore."""
-    owners = {"mqar": ("problem", "filler"), "text": ("data", "pattern", "length", "held_out")}
+    owners = {"mqar": ("problem", "filler"), "text": _OF_TEXT}
     for owner, names in owners.items():
         for name in names:
             if owner != task and _given(context, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} would be ignored: it belongs to --task {owner}, not {task}"
                 )
+
+
+def _refuse_other_sources(context: typer.Context, dataset: str | None, tokenizer: Path | None) -> None:
+    """Raises ValueError for an option of text that the source of it would ignore."""
+    for name in _OF_STREAMS if dataset is None else _OF_FILES:
+        if _given(context, name):
+            why = "it belongs to --dataset" if dataset is None else "a stream's first documents are held out"
+            why = "it belongs to --data, and --dataset is given" if name == "pattern" else why
+            raise ValueError(f"--{name.replace('_', '-')} would be ignored: {why}")
+    if tokenizer is None and _given(context, "document_start"):
+        raise ValueError("--document-start would be ignored: it names a token of --tokenizer")
+    if dataset is None and not _given(context, "data") and _given(context, "text_key"):
+        raise ValueError("--text-key would be ignored: it belongs to rows, of --data or --dataset")

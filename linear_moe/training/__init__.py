@@ -8,7 +8,7 @@ from linear_moe.training.optimizer import build_optimizer, parameter_groups
 from linear_moe.training.plan import RunPlan, TaskOptions, build_task
 from linear_moe.training.run import Outcome, Run, resume_run, start_run
 from linear_moe.training.settings import TrainSettings
-from linear_moe.training.tasks import RecallTask, Task, TextTask
+from linear_moe.training.tasks import RecallTask, StreamTask, Task, TextTask
 
 __all__ = [
     "DamagedCheckpointError",
@@ -20,6 +20,7 @@ __all__ = [
     "Run",
     "RunPlan",
     "StepReport",
+    "StreamTask",
     "Task",
     "TaskOptions",
     "TextTask",

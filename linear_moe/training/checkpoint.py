@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def save_checkpoint(
     *,
     keep: int = 2,
     tensors: dict[str, Tensor] | None = None,
-    attachments: tuple[Path, ...] = (),
+    attachments: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the checkpoint of a step, and remove all but the newest `keep` (0 for all kept).
 
@@ -72,7 +73,7 @@ def save_checkpoint(
         state: the rest.
         keep: checkpoints to keep, this one counted.
         tensors: whole tensors by name, for a model whose own are parts.
-        attachments: files to copy into it under their own names (a tokeniser).
+        attachments: further files by name (a tokeniser's).
 
     Returns:
         Its folder.
@@ -97,8 +98,8 @@ def save_checkpoint(
             # Through a file of Python's: torch's own writer keeps to itself why it could not write.
             with (aside / STATE_FILE).open("wb") as file:
                 torch.save({"format": STATE_FORMAT, **state._asdict()}, file)
-            for attachment in attachments:
-                shutil.copyfile(attachment, aside / attachment.name)
+            for name, content in (attachments or {}).items():
+                (aside / name).write_bytes(content)
             write_manifest(aside)
             if target.exists():
                 # A folder can't be replaced in one step; this one is damaged, or holds the same step of the same run.

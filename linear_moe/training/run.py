@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from linear_moe.data.tokenizer import load_tokenizer
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
 from linear_moe.training.checkpoint import (
@@ -115,7 +116,8 @@ class Run:
                 random=random_state(device),
                 environment=_environment(device, self.impl),
             )
-            self._saved = self.step, save_checkpoint(self.folder, self.model, state)
+            folder = save_checkpoint(self.folder, self.model, state, attachments=self.task.files())
+            self._saved = self.step, folder
         return self._saved[1]
 
     def _steps(self) -> Any:
@@ -198,11 +200,12 @@ def resume_run(
     model = read_model(checkpoint, device=device, impl=impl)
     optimizer = build_optimizer(model, plan.settings)
     load_optimizer_state(model, optimizer, state.optimizer)
-    task = build_task(plan.task, model.config, plan.settings.seed)
-    task.load_state(state.data)
+    # The checkpoint's own tokeniser: the file that the run began with may be another by now, or gone.
+    task = build_task(plan.task, model.config, plan.settings.seed, load_tokenizer(checkpoint))
+    changed = task.load_state(state.data)
     where = next(model.parameters()).device
     restore_random_state(state.random, where)
-    notes = _changes(state.environment, _environment(where, impl))
+    notes = (*filter(None, [changed]), *_changes(state.environment, _environment(where, impl)))
     return Run(folder, model, optimizer, task, plan, state.step, impl, notes, (state.step, checkpoint))
 
 

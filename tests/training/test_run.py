@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import TracebackType
 import pytest
 import torch
 from small_models import small_config
+from small_tokenizer import VOCABULARY, write_tokenizer
 
 from linear_moe.training.checkpoint import find_checkpoint, load_model
 from linear_moe.training.divergence import DivergedError
@@ -48,6 +50,20 @@ def _start(folder: Path, *, steps: int = STEPS, **plan: int) -> Run:
     return start_run(small_config(balance_bias_rate=0.01), RunPlan(options, settings, log_every=1, **plan), folder)
 
 
+def _start_on_text(folder: Path, source: Path, streamed: bool) -> Run:
+    """Rows of JSON lines, read into memory or streamed, through a tokeniser."""
+    if not source.exists():
+        (source / "rows").mkdir(parents=True)
+        rows = [{"text": f"the {colour} fox jumps over {n} dogs"} for n in range(30) for colour in ("brown", "lazy")]
+        (source / "rows" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_tokenizer(source / "tokenizer.json")
+    where = {"dataset" if streamed else "data": str(source / "rows")}
+    tokenizer = str(source / "tokenizer.json")
+    options = TaskOptions(**where, tokenizer=tokenizer, context=8, batch_size=2, held_out_documents=3)  # type: ignore[arg-type]
+    plan = RunPlan(options, TrainSettings(steps=STEPS, accumulate=2, learning_rate=1e-2), log_every=1)
+    return start_run(small_config(VOCABULARY), plan, folder)
+
+
 def _losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
@@ -66,18 +82,30 @@ def test_a_run_leaves_metrics_a_checkpoint_a_score_and_a_sample(tmp_path: Path) 
     assert outcome.checkpoint == find_checkpoint(tmp_path)
 
 
-def test_going_on_after_ctrl_c_is_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = _start(tmp_path / "whole")
+@pytest.mark.parametrize("data", ["recall", "text", "stream"])
+def test_going_on_after_ctrl_c_is_as_if_it_had_not_been(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+    def start(folder: Path) -> Run:
+        return _start(folder) if data == "recall" else _start_on_text(folder, tmp_path / "source", data == "stream")
+
+    whole = start(tmp_path / "whole")
     whole.train(Watcher())
 
     handler = signal.getsignal(signal.SIGINT)
-    stopped = _start(tmp_path / "parts")
+    stopped = start(tmp_path / "parts")
     outcome = stopped.train(Watcher(interrupt_at=3))
     assert (outcome.step, outcome.interrupted, outcome.scores) == (3, True, {})
     assert signal.getsignal(signal.SIGINT) == handler
     load_model(outcome.checkpoint)
 
+    if data != "recall":
+        # A checkpoint has its own.
+        (tmp_path / "source" / "tokenizer.json").unlink()
     resumed = resume_run(tmp_path / "parts")
+    assert resumed.notes == ()
     watcher = Watcher()
     assert not resumed.train(watcher).interrupted
     assert watcher.steps == [4, 5, 6, 7, 8]
@@ -137,6 +165,14 @@ def test_what_may_change_the_last_bits_is_said(tmp_path: Path) -> None:
     assert resume_run(tmp_path, steps=2).notes == ()
     (note,) = resume_run(tmp_path, steps=2, impl="recurrent").notes
     assert note.endswith("impl was auto, is recurrent")
+
+
+def test_a_text_that_has_changed_is_said(tmp_path: Path) -> None:
+    _start_on_text(tmp_path / "run", tmp_path / "source", streamed=False).train(Watcher(interrupt_at=2))
+    with (tmp_path / "source" / "rows" / "a.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n' * 30)
+    (note,) = resume_run(tmp_path / "run").notes
+    assert "is not what the run began with" in note
 
 
 def test_divergence_leaves_the_checkpoints_so_far(tmp_path: Path) -> None:
