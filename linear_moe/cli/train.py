@@ -105,6 +105,10 @@ def train(
     evaluate_every: Annotated[
         int, typer.Option(help="Steps between two held-out scores; 0: the last one only.")
     ] = _PLAN.evaluate_every,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given several times."),
+    ] = None,
     impl: Annotated[
         str,
         typer.Option(help="How memory layers run: auto, triton, chunked or recurrent; --resume keeps to what it was."),
@@ -165,7 +169,7 @@ def train(
             seed=seed,
             precision=precision,
         )
-        plan = RunPlan(options, settings, log_every, checkpoint_every, evaluate_every)
+        plan = RunPlan(options, settings, log_every, checkpoint_every, evaluate_every, tuple(log or ()))
         model_config = load_config(config)
         folder = output or Path("runs", f"{Path(config).stem}-{task}")
         run = start_run(model_config, plan, folder, device=where, impl=impl)
@@ -182,7 +186,8 @@ def _train(run: Run, console: Console) -> None:
     console.print(run.task.describe(), markup=False, soft_wrap=True)
     for note in run.notes:
         tell(note, kind="note")
-    outcome = run.train(make_display(console, steps=run.plan.settings.steps, start=run.step))
+    display = make_display(console, steps=run.plan.settings.steps, start=run.step, details=run.details)
+    outcome = run.train(display)
     if outcome.interrupted:
         console.print(f"interrupted after step {outcome.step}; checkpoint: {outcome.checkpoint}", soft_wrap=True)
         console.print(f"go on with: linear-moe train --resume {run.folder}", soft_wrap=True)

@@ -69,6 +69,18 @@ def routing_summary(model: LanguageModel) -> list[dict[str, Any]]:
     ]
 
 
+def loads_in_words(model: LanguageModel) -> str:
+    """How the memories of the last batch were loaded, on average over the layers with as many; empty without mixtures."""
+    by_number: dict[int, list[list[float]]] = {}
+    for _, layer in model.memory_layers():
+        if layer.routing is not None:
+            by_number.setdefault(layer.num_memories, []).append(sorted(layer.routing.load.tolist(), reverse=True))
+    # Sorted first: memory 0 of one layer has nothing to do with memory 0 of another.
+    means = ([sum(ranked) / len(loads) for ranked in zip(*loads, strict=True)] for loads in by_number.values())
+    shown = (" ".join(f"{share:.0%}" for share in mean) for mean in means)
+    return f"memory loads {', '.join(shown)}" if by_number else ""
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         # NaN and the infinities are the values whose difference with themselves is no 0.

@@ -13,6 +13,7 @@ from linear_moe.data.text import TEXT_PATTERNS, read_text, standard_library_text
 from linear_moe.data.text_stream import HubStream
 from linear_moe.data.tokenizer import BYTES, FileTokenizer, Tokenizer
 from linear_moe.models.schema import ModelConfig
+from linear_moe.training.logs import LOGS
 from linear_moe.training.settings import TrainSettings
 from linear_moe.training.tasks import RecallTask, StreamTask, Task, TextTask
 
@@ -82,6 +83,7 @@ class RunPlan:
         log_every: steps between two lines of metrics.
         checkpoint_every: steps between two checkpoints; 0 for the final one only.
         evaluate_every: steps between two held-out scores; 0 for the final one only.
+        logs: where the metrics go beside their file: "tensorboard", "trackio".
     """
 
     task: TaskOptions = field(default_factory=TaskOptions)
@@ -89,6 +91,7 @@ class RunPlan:
     log_every: int = 10
     checkpoint_every: int = 500
     evaluate_every: int = 0
+    logs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -96,6 +99,9 @@ class RunPlan:
         for name in ("checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in self.logs:
+            if name not in LOGS:
+                raise ValueError(f"log must be one of {', '.join(LOGS)}, got {name!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, that `from_dict` reads."""
@@ -108,7 +114,8 @@ class RunPlan:
         for values, names in ((task, ("problems", "patterns")), (settings, ("betas",))):
             for name in names:
                 values[name] = tuple(values[name])
-        return cls(**{**data, "task": TaskOptions(**task), "settings": TrainSettings(**settings)})
+        logs = tuple(data.get("logs", ()))
+        return cls(**{**data, "logs": logs, "task": TaskOptions(**task), "settings": TrainSettings(**settings)})
 
 
 def build_task(options: TaskOptions, config: ModelConfig, seed: int, tokenizer: Tokenizer | None = None) -> Task:

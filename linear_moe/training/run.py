@@ -6,6 +6,7 @@ RUN/metrics.jsonl   RUN/checkpoints/step-*/   RUN/sample.txt
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,14 +30,16 @@ from linear_moe.training.divergence import DivergedError, save_batches
 from linear_moe.training.extras import require
 from linear_moe.training.files import full_disk_named, replace_text
 from linear_moe.training.interrupt import InterruptGuard
+from linear_moe.training.logs import Log, open_logs, require_logs, scalars
 from linear_moe.training.loop import StepReport, optimise
-from linear_moe.training.metrics import MetricsFile, read_metrics, routing_summary
+from linear_moe.training.metrics import MetricsFile, loads_in_words, read_metrics, routing_summary
 from linear_moe.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 from linear_moe.training.plan import RunPlan, build_task
-from linear_moe.training.progress import Display, Speed
+from linear_moe.training.progress import Display
 from linear_moe.training.randomness import random_state, repeatable, restore_random_state, seed_all
 from linear_moe.training.run_lock import RunLock
 from linear_moe.training.tasks import Task
+from linear_moe.training.throughput import Speed, Utilisation
 
 METRICS_FILE, SAMPLE_FILE = "metrics.jsonl", "sample.txt"
 
@@ -82,9 +85,11 @@ class Run:
             if self._saved is not None:
                 set_damaged_aside(self.folder, self._saved[1])
             with (
-                MetricsFile(self.folder / METRICS_FILE, keep_to_step=self.step) as metrics,
+                MetricsFile(self.folder / METRICS_FILE, keep_to_step=self.step) as file,
+                open_logs(plan.logs, self.folder, start=self.step, config=plan.as_dict()) as logs,
                 InterruptGuard() as interrupt,
             ):
+                metrics = _Metrics(file, logs)
                 with display:
                     for report in self._steps():
                         self.step = report.step
@@ -94,7 +99,9 @@ class Run:
                             self._log(metrics, report, speed.restart())
                         # Before the checkpoint: a run that goes on from it has what comes before it behind it.
                         if plan.evaluate_every and report.step % plan.evaluate_every == 0:
-                            metrics.write(report.step, held_out=self.task.evaluate(self.model))
+                            scores = self.task.evaluate(self.model)
+                            metrics.write(report.step, held_out=scores)
+                            display.evaluated(report.step, scores)
                         if interrupt.requested:
                             break
                         if plan.checkpoint_every and report.step % plan.checkpoint_every == 0:
@@ -128,7 +135,18 @@ class Run:
             error.args = (f"{error}. What the step was to learn from is in {file}",)
             raise
 
-    def _finish(self, metrics: MetricsFile, checkpoint: Path) -> Outcome:
+    def details(self, tokens_per_second: float) -> str:
+        """What is worth showing beside the loss: utilisation, and the loads of the memories."""
+        used = self._utilisation.of(tokens_per_second)
+        parts = [f"MFU {used:.1%}" if used is not None else "", loads_in_words(self.model)]
+        return "  ".join(filter(None, parts))
+
+    @functools.cached_property
+    def _utilisation(self) -> Utilisation:
+        device = next(self.model.parameters()).device
+        return Utilisation(self.model.config, self.task.context, device, self.plan.settings.precision)
+
+    def _finish(self, metrics: _Metrics, checkpoint: Path) -> Outcome:
         scores = self.task.evaluate(self.model)
         sample = self.task.sample(self.model)
         if sample is not None:
@@ -138,10 +156,27 @@ class Run:
         metrics.write(self.step, held_out=scores, final=True)
         return Outcome(self.step, False, checkpoint, scores, sample)
 
-    def _log(self, metrics: MetricsFile, report: StepReport, tokens_per_second: float) -> None:
+    def _log(self, metrics: _Metrics, report: StepReport, tokens_per_second: float) -> None:
         values = report._asdict() | {"tokens_per_second": round(tokens_per_second, 1)}
+        used = self._utilisation.of(tokens_per_second)
+        if used is not None:
+            values["mfu"] = round(used, 4)
         routing = routing_summary(self.model)
         metrics.write(values.pop("step"), **values, **({"routing": routing} if routing else {}))
+
+
+class _Metrics(NamedTuple):
+    """The metrics' file, and the logs that get the same numbers."""
+
+    file: MetricsFile
+    logs: list[Log]
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line, and what is a number of it."""
+        self.file.write(step, **values)
+        numbers = scalars(values)
+        for log in self.logs:
+            log.write(step, numbers)
 
 
 def start_run(
@@ -154,6 +189,7 @@ def start_run(
         MissingExtraError: if checkpoints could not be written.
     """
     require("safetensors.torch", extra="train")
+    require_logs(plan.logs)
     if (folder / METRICS_FILE).exists() or (folder / CHECKPOINTS).exists():
         raise ValueError(
             f"{str(folder)!r} already holds a run; go on with it (--resume {folder}), or name another folder"

@@ -34,6 +34,8 @@ class Task(Protocol):
 
     score_name: str
     """The entry of `evaluate` that stands for the whole."""
+    context: int
+    """Tokens of a sequence, at most."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -106,6 +108,7 @@ class RecallTask(IndexedTask):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.problems = list(problems)
+        self.context = max(problem.length for problem in problems)
         self.weights = torch.tensor([1.0] * len(problems) if weights is None else list(weights), dtype=torch.float64)
         self.batch_size = batch_size
         self.seed = seed
@@ -296,6 +299,7 @@ class StreamTask:
         if held_out_documents < 1:
             raise ValueError(f"held_out_documents must be at least 1, got {held_out_documents}")
         self.stream = stream
+        self.context = context
         self.tokenizer = tokenizer
         first = first_documents(stream, held_out_documents)
         self.held_out = HeldOutText(first, tokenizer, context=context, limit=held_out_bytes)

@@ -207,6 +207,7 @@ def test_train_on_text_and_write_some(tmp_path: Path, monkeypatch: pytest.Monkey
         ([*RECALL[:4], "--decay", "0.1"], "--decay would be ignored: it belongs to --schedule wsd, not cosine"),
         ([*RECALL[:4], "--schedule", "wsd", "--decay", "0"], "decay is a fraction"),
         ([*RECALL[:4], "--gradient-clip", "0"], "gradient_clip must be above 0"),
+        ([*RECALL[:4], "--log", "paper"], "log must be one of tensorboard, trackio, got 'paper'"),
         ([*RECALL[:4], "--data", "x"], "--data would be ignored"),
         ([*RECALL[:4], "--device", "tpu9"], "device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
         ([*RECALL[:4], "--device", "cuda:99"], "device 'cuda:99' is not on this machine"),

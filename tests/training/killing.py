@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,6 +55,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None: ...
 
     def update(self, report: StepReport) -> None:
         digest = hashlib.sha256(repr(report).encode())
@@ -232,12 +234,15 @@ def kill_the_command(root: Path, kills: int, seed: int) -> None:
     """The command itself, from its start: most of an attempt is Python's imports."""
     draw = random.Random(seed)
     command = [sys.executable, "-m", "linear_moe", "train"]
-    new = ["recall-single", "--task", "mqar", "--problem", "16:3", "--batch-size", "2", "--steps", "300"]
+    new = ["recall-single", "--task", "mqar", "--problem", "16:3", "--batch-size", "2", "--steps", "1500"]
     new += ["--checkpoint-every", "1", "--log-every", "1", "--device", "cpu", "--threads", "1", "--output"]
     undisturbed, folder = root / "undisturbed", root / "run"
     began = time.monotonic()
-    subprocess.run([*command, *new, undisturbed], check=True, stdout=subprocess.DEVNULL)
-    length = time.monotonic() - began
+    with subprocess.Popen([*command, *new, undisturbed], stdout=subprocess.DEVNULL) as process:
+        while not checkpoints_of(undisturbed):
+            time.sleep(0.01)
+        until_first = time.monotonic() - began
+    assert process.returncode == 0
     done = 0
     while True:
         again = ["--resume", folder, "--device", "cpu", "--threads", "1"]
@@ -246,7 +251,8 @@ def kill_the_command(root: Path, kills: int, seed: int) -> None:
         arguments = again if folder.exists() else [*new, folder]
         with subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL) as process:
             if done < kills:
-                time.sleep(draw.uniform(0.3, 0.9) * length)
+                # Most of it is Python's imports, which a machine with other work takes its time for.
+                time.sleep(until_first * draw.uniform(0.7, 2.5))
                 process.kill()
         if process.returncode == 0:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -37,6 +38,8 @@ class Watcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None: ...
 
     def update(self, report: StepReport) -> None:
         self.steps.append(report.step)
