@@ -13,6 +13,7 @@ from linear_moe.cli.errors import INTERRUPTED, tell
 from linear_moe.cli.explain import CONFIG_HELP
 from linear_moe.cli.options import Device, Threads, choose_device, set_threads
 from linear_moe.models.library import load_config
+from linear_moe.training.distributed import joined_world
 from linear_moe.training.plan import RunPlan, TaskOptions
 from linear_moe.training.progress import make_display
 from linear_moe.training.run import METRICS_FILE, Outcome, Run, resume_run, start_run
@@ -20,8 +21,8 @@ from linear_moe.training.settings import TrainSettings
 
 _TASK, _SETTINGS, _PLAN = TaskOptions(), TrainSettings(), RunPlan()
 _OF_STREAMS = ("dataset_config", "split", "held_out_documents")
-_OF_FILES = ("pattern", "held_out")
-_OF_TEXT = ("data", "dataset", "text_key", "tokenizer", "document_start", "length", *_OF_FILES, *_OF_STREAMS)
+_OF_TEXT = ("data", "pattern", "held_out", "text_key", "dataset", *_OF_STREAMS, "tokenizer", "document_start", "length")
+_OF_TASKS = {"mqar": ("problem", "filler"), "text": _OF_TEXT}
 _WITH_RESUME = frozenset({"resume", "steps", "device", "impl", "threads"})
 
 
@@ -40,7 +41,9 @@ def train(
     batch_size: Annotated[
         int, typer.Option(help="Sequences of a batch; of text, a batch has this many times --length tokens.")
     ] = _TASK.batch_size,
-    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = _SETTINGS.accumulate,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches a step, of all processes together.  [default: one a process]")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="The schedule's peak.")] = _SETTINGS.learning_rate,
     schedule: Annotated[
         str, typer.Option(help="cosine, wsd (stable, then down), one-cycle or constant.")
@@ -122,69 +125,65 @@ def train(
     their checksums). Ctrl-C ends the step, leaves a checkpoint and exits with 130; --resume goes on from there, or after a
     crash from the newest checkpoint that is undamaged, bit for bit.
 
+    Under torchrun (torchrun --nproc-per-node 8 -m linear_moe train ...) the processes train one model on their shares of
+    each step's batches, its parameters sharded (FSDP2). Checkpoints are the same for any number of them.
+
     Example: linear-moe train text-small --task text --data my_notes/ --steps 500 --output runs/notes
     """
     set_threads(threads)
-    where = choose_device(device)
-    if resume is not None:
-        _refuse_with_resume(context)
-        new_length = steps if _given(context, "steps") else None
-        run = resume_run(resume, steps=new_length, device=where, impl=impl if _given(context, "impl") else None)
-    else:
-        if config is None:
-            raise ValueError("train needs a CONFIG (a YAML file or a shipped model), or --resume with a run's folder")
-        options = TaskOptions(
-            task=task,
-            problems=tuple(problem) if problem else _TASK.problems,
-            filler=filler,
-            data=None if data is None else str(data),
-            patterns=tuple(pattern) if pattern else _TASK.patterns,
-            held_out=held_out,
-            text_key=text_key,
-            dataset=dataset,
-            dataset_config=dataset_config,
-            split=split,
-            held_out_documents=held_out_documents,
-            tokenizer=None if tokenizer is None else str(tokenizer),
-            document_start=document_start,
-            context=length,
-            batch_size=batch_size,
-        )
-        _refuse_other_tasks(context, task)
-        _refuse_other_sources(context, dataset, tokenizer)
-        if pattern and (data is None or data.is_file()):
-            raise ValueError("--pattern would be ignored: it chooses among the files of a folder, which --data names")
-        if schedule != "wsd" and _given(context, "decay"):
-            raise ValueError(f"--decay would be ignored: it belongs to --schedule wsd, not {schedule}")
-        settings = TrainSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            warmup=warmup,
-            decay=decay,
-            weight_decay=weight_decay,
-            gradient_clip=gradient_clip,
-            deterministic=deterministic,
-            accumulate=accumulate,
-            seed=seed,
-            precision=precision,
-        )
-        plan = RunPlan(options, settings, log_every, checkpoint_every, evaluate_every, tuple(log or ()))
-        model_config = load_config(config)
-        folder = output or Path("runs", f"{Path(config).stem}-{task}")
-        run = start_run(model_config, plan, folder, device=where, impl=impl)
-    _train(run, make_console())
+    with joined_world(choose_device(device)) as (world, where):
+        if resume is not None:
+            _refuse_with_resume(context)
+            new_length = steps if _given(context, "steps") else None
+            new_impl = impl if _given(context, "impl") else None
+            run = resume_run(resume, steps=new_length, device=where, impl=new_impl, world=world)
+        else:
+            if config is None:
+                raise ValueError(
+                    "train needs a CONFIG (a YAML file or a shipped model), or --resume with a run's folder"
+                )
+            _refuse_ignored(context, task, schedule, data, dataset, tokenizer)
+            options = TaskOptions(
+                task=task,
+                problems=tuple(problem) if problem else _TASK.problems,
+                filler=filler,
+                data=None if data is None else str(data),
+                patterns=tuple(pattern) if pattern else _TASK.patterns,
+                held_out=held_out,
+                text_key=text_key,
+                dataset=dataset,
+                dataset_config=dataset_config,
+                split=split,
+                held_out_documents=held_out_documents,
+                tokenizer=None if tokenizer is None else str(tokenizer),
+                document_start=document_start,
+                context=length,
+                batch_size=batch_size,
+            )
+            settings = TrainSettings(
+                steps=steps,
+                learning_rate=learning_rate,
+                schedule=schedule,
+                warmup=warmup,
+                decay=decay,
+                weight_decay=weight_decay,
+                gradient_clip=gradient_clip,
+                deterministic=deterministic,
+                accumulate=world.size if accumulate is None else accumulate,
+                seed=seed,
+                precision=precision,
+            )
+            plan = RunPlan(options, settings, log_every, checkpoint_every, evaluate_every, tuple(log or ()))
+            folder = output or Path("runs", f"{Path(config).stem}-{task}")
+            run = start_run(load_config(config), plan, folder, device=where, impl=impl, world=world)
+        # One speaks for all.
+        _train(run, make_console() if world.is_main else Console(quiet=True))
 
 
 def _train(run: Run, console: Console) -> None:
-    model = run.model
-    console.print(
-        f"{model.config.name or 'model'}: {model.num_parameters():,} parameters, {model.num_active_parameters():,} active; "
-        f"{next(model.parameters()).device}",
-        soft_wrap=True,
-    )
+    console.print(run.describe(), markup=False, soft_wrap=True)
     console.print(run.task.describe(), markup=False, soft_wrap=True)
-    for note in run.notes:
+    for note in run.notes if run.world.is_main else ():
         tell(note, kind="note")
     display = make_display(console, steps=run.plan.settings.steps, start=run.step, details=run.details)
     outcome = run.train(display)
@@ -218,25 +217,31 @@ def _refuse_with_resume(context: typer.Context) -> None:
             raise ValueError(f"{shown} can't be given with --resume: a run goes on by the settings it began with")
 
 
-def _refuse_other_tasks(context: typer.Context, task: str) -> None:
-    """Raises ValueError for an option that the task would ignore."""
-    owners = {"mqar": ("problem", "filler"), "text": _OF_TEXT}
-    for owner, names in owners.items():
-        for name in names:
-            if owner != task and _given(context, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} would be ignored: it belongs to --task {owner}, not {task}"
-                )
-
-
-def _refuse_other_sources(context: typer.Context, dataset: str | None, tokenizer: Path | None) -> None:
-    """Raises ValueError for an option of text that the source of it would ignore."""
-    for name in _OF_STREAMS if dataset is None else _OF_FILES:
+def _refuse_ignored(
+    context: typer.Context,
+    task: str,
+    schedule: str,
+    data: Path | None,
+    dataset: str | None,
+    tokenizer: Path | None,
+) -> None:
+    """Raises ValueError for an option that the run would ignore, by what makes it do so."""
+    why: dict[str, str] = {}
+    if data is None or data.is_file():
+        why["pattern"] = "it chooses among the files of a folder, which --data names"
+    if dataset is None:
+        why |= dict.fromkeys(_OF_STREAMS, "it belongs to --dataset")
+        if data is None:
+            why["text_key"] = "it belongs to rows, of --data or --dataset"
+    else:
+        why["held_out"] = "a stream's first documents are held out"
+    if tokenizer is None:
+        why["document_start"] = "it names a token of --tokenizer"
+    if schedule != "wsd":
+        why["decay"] = f"it belongs to --schedule wsd, not {schedule}"
+    if task in _OF_TASKS:
+        for owner, names in _OF_TASKS.items():
+            why |= dict.fromkeys(names if owner != task else (), f"it belongs to --task {owner}, not {task}")
+    for name, reason in why.items():
         if _given(context, name):
-            why = "it belongs to --dataset" if dataset is None else "a stream's first documents are held out"
-            why = "it belongs to --data, and --dataset is given" if name == "pattern" else why
-            raise ValueError(f"--{name.replace('_', '-')} would be ignored: {why}")
-    if tokenizer is None and _given(context, "document_start"):
-        raise ValueError("--document-start would be ignored: it names a token of --tokenizer")
-    if dataset is None and not _given(context, "data") and _given(context, "text_key"):
-        raise ValueError("--text-key would be ignored: it belongs to rows, of --data or --dataset")
+            raise ValueError(f"--{name.replace('_', '-')} would be ignored: {reason}")

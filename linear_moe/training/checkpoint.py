@@ -83,7 +83,7 @@ def save_checkpoint(
     """
     safetensors = require("safetensors.torch", extra="train")
     folder = run / CHECKPOINTS
-    target = folder / f"step-{state.step:08d}"
+    target = checkpoint_folder(run, state.step)
     aside = folder / f".step-{state.step:08d}.{os.getpid()}.tmp"
     before = checkpoints_of(run)
     remedy = f"Make room, then go on from {before[-1].name}" if before else "Make room, then start again"
@@ -113,6 +113,11 @@ def save_checkpoint(
         for old in checkpoints_of(run)[:-keep]:
             remove_folder(old)
     return target
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def find_checkpoint(path: Path) -> Path:

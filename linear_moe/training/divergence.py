@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linear_moe.data.batch import Batch
 from linear_moe.layers.balance import BalanceBias
+from linear_moe.training.distributed import ALONE, World, own_part
 from linear_moe.training.files import full_disk_named
 
 
@@ -31,11 +32,7 @@ class DivergedError(RuntimeError):
         self.batches = list(batches)
 
 
-class _FoundError(Exception):
-    pass
-
-
-def first_not_finite(model: nn.Module, run: Any) -> str | None:
+def first_not_finite(model: nn.Module, run: Callable[[], None]) -> str | None:
     """The name of the first module of `model`, in the order of the arithmetic, whose output is not finite while `run()`.
 
     A module counts when it is done, after those it is made of: the name is that of the smallest part that can be named. The
@@ -47,15 +44,13 @@ def first_not_finite(model: nn.Module, run: Any) -> str | None:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not all(_finite(tensor) for tensor in _tensors(output)):
                 found.append(name)
-                raise _FoundError
 
         return hook
 
     hooks = [module.register_forward_hook(hook_of(name or "the head")) for name, module in model.named_modules()]
     try:
+        # To its end even if it is found early: other processes may be waiting for their parts of later layers.
         run()
-    except _FoundError:
-        pass
     finally:
         for hook in hooks:
             hook.remove()
@@ -77,9 +72,10 @@ def first_bad_parameter(model: nn.Module) -> str | None:
     return next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
 
 
-def save_batches(error: DivergedError, folder: Path) -> Path:
-    """Write the batches of a diverged step, and what is known of it, to a file of `folder`; `torch.load` reads it."""
-    path = folder / f"diverged-step-{error.step:08d}.pt"
+def save_batches(error: DivergedError, folder: Path, world: World = ALONE) -> Path:
+    """Write this process's batches of a diverged step, and what is known of it, to a file that `torch.load` reads."""
+    suffix = f"-rank{world.rank}" if world.size > 1 else ""
+    path = folder / f"diverged-step-{error.step:08d}{suffix}.pt"
     content = {
         "step": error.step,
         "layer": error.layer,
@@ -100,4 +96,4 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.detach()).all())
+    return bool(torch.isfinite(own_part(tensor.detach())).all())

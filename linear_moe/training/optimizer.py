@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linear_moe.training.distributed import like, whole
 from linear_moe.training.settings import TrainSettings
 
 
@@ -46,13 +47,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What the optimiser has gathered, by the names of the model's parameters: `{parameter: {"exp_avg": tensor, ...}}`."""
+    """What the optimiser has gathered, by the names of the model's parameters: `{parameter: {"exp_avg": tensor, ...}}`.
+
+    Whole tensors: of a sharded model all processes must ask.
+    """
     state = optimizer.state
-    return {name: dict(state[parameter]) for name, parameter in model.named_parameters() if parameter in state}
+    return {
+        name: {key: whole(value) for key, value in state[parameter].items()}
+        for name, parameter in model.named_parameters()
+        if parameter in state
+    }
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_state` gave.
+    """Put back what `optimizer_state` gave, to the optimiser of a model that is sharded in any way or not at all.
 
     Raises:
         ValueError: if it belongs to another model.
@@ -63,5 +71,8 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sav
         raise ValueError(f"the optimiser's state names {unknown[0]!r}, which the model does not have")
     places = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     content = optimizer.state_dict()
-    content["state"] = {places[parameters[name]]: values for name, values in saved.items()}
+    content["state"] = {
+        places[parameters[name]]: {key: like(value, parameters[name]) for key, value in values.items()}
+        for name, values in saved.items()
+    }
     optimizer.load_state_dict(content)

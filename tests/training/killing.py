@@ -38,6 +38,7 @@ from linear_moe.training.optimizer import optimizer_state
 from linear_moe.training.plan import RunPlan, TaskOptions
 from linear_moe.training.run import METRICS_FILE, Run, resume_run, start_run
 from linear_moe.training.settings import TrainSettings
+from linear_moe.training.tasks import RecallTask
 
 DIGESTS = "digests.txt"
 
@@ -273,6 +274,8 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.15, help="seconds before a random kill, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    # A thousand held-out problems would take most of the time.
+    RecallTask.__init__.__kwdefaults__["held_out_size"] = 40
     # What is imported on first use, once for all.
     attempt(options.folder / "warm", 1)
     if options.mode in ("operations", "both"):
