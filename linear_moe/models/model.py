@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.cross_entropy import summed_cross_entropy
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.models.generation import generate
@@ -96,6 +97,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
         places: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The logits of the token after each token.
 
@@ -105,15 +107,19 @@ class LanguageModel(nn.Module):
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
             state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
             places: `[L]` int64 positions in the flattened `[B * T]`, to have the logits of those tokens only.
+            labels: `[L]` int64 of those places, to have the sum of their cross entropies in place of any logits.
 
         Returns:
-            `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads.
+            `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads; or
+            with `labels` a scalar in float32 (float64 of a float64 model).
 
         Raises:
             ValueError: naming the argument that does not fit.
         """
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
-        return self.logits(hidden if places is None else hidden.flatten(0, 1)[places])
+        if places is not None:
+            hidden = hidden.flatten(0, 1)[places]
+        return self.logits(hidden) if labels is None else summed_cross_entropy(hidden, self._head_weight(), labels)
 
     def hidden(
         self,
@@ -142,7 +148,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: `[..., D]` to `[..., vocab_size]`."""
-        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+        return F.linear(hidden, self._head_weight())
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def new_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

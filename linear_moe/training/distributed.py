@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from linear_moe.models.model import LanguageModel
 
@@ -137,12 +137,12 @@ def like(tensor: Tensor, model_tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(model_tensor.device), mesh, placements)
 
 
-def whole_tensors(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """The model's tensors by name, in one piece each: all processes must ask, the main one gets them."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        gathered = whole(tensor)
+def whole_tensors(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Tensors by name, in one piece each: all processes must ask, the main one gets them."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        piece = whole(tensor)
         # One after another to the CPU: a GPU has no room for all at once.
         if world.is_main:
-            tensors[name] = gathered if world.size == 1 else gathered.cpu()
-    return tensors
+            gathered[name] = piece if world.size == 1 else piece.cpu()
+    return gathered

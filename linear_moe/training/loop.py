@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.data.batch import IGNORE_INDEX, Batch
 from linear_moe.layers.auxiliary import collect_auxiliary_losses, set_auxiliary_scale
 from linear_moe.layers.balance import BalanceBias
 from linear_moe.models.model import LanguageModel
-from linear_moe.rules.base import upcast
 from linear_moe.training.distributed import ALONE, World, reduce_gradients, whole
 from linear_moe.training.divergence import DivergedError, first_bad_gradient, first_bad_parameter, first_not_finite
 from linear_moe.training.optimizer import set_learning_rate
@@ -122,8 +120,8 @@ def summed_loss(model: LanguageModel, batch: Batch) -> Tensor:
     places = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     labels = batch.labels.flatten()[places].to(device)
     borders = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-    logits = model(batch.tokens.to(device), cu_seqlens=borders, places=places.to(device))
-    return F.cross_entropy(upcast(logits), labels, reduction="sum")
+    summed: Tensor = model(batch.tokens.to(device), cu_seqlens=borders, places=places.to(device), labels=labels)
+    return summed
 
 
 def _diverged(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linear_moe.training.distributed import like, whole
+from linear_moe.training.distributed import ALONE, World, like, whole_tensors
 from linear_moe.training.settings import TrainSettings
 
 
@@ -46,17 +46,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any]:
     """What the optimiser has gathered, by the names of the model's parameters: `{parameter: {"exp_avg": tensor, ...}}`.
 
-    Whole tensors: of a sharded model all processes must ask.
+    Whole tensors: of a sharded model all processes must ask, and the main one gets them.
     """
-    state = optimizer.state
-    return {
-        name: {key: whole(value) for key, value in state[parameter].items()}
-        for name, parameter in model.named_parameters()
-        if parameter in state
-    }
+    named = ((name, optimizer.state.get(parameter)) for name, parameter in model.named_parameters())
+    return {name: whole_tensors(state, world) for name, state in named if state}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

@@ -111,8 +111,8 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint of the current step, unless that has been done. All processes must ask, one writes."""
         if self._saved is None or self._saved[0] != self.step:
-            tensors = whole_tensors(self.model, self.world)
-            optimizer = optimizer_state(self.model, self.optimizer)
+            tensors = whole_tensors(self.model.state_dict(), self.world)
+            optimizer = optimizer_state(self.model, self.optimizer, self.world)
             folder = checkpoint_folder(self.folder, self.step)
             if self.world.is_main:
                 state = TrainerState(
@@ -172,7 +172,7 @@ class Run:
         """The held-out scores, and if wanted a sample; on the main process, of a model in one piece."""
         if self.world.size == 1:
             return self.task.evaluate(self.model), self.task.sample(self.model) if sample else None
-        tensors = whole_tensors(self.model, self.world)
+        tensors = whole_tensors(self.model.state_dict(), self.world)
         scores: dict[str, float] = {}
         words = None
         if self.world.is_main:
@@ -207,6 +207,8 @@ class Run:
         return Utilisation(self.model.config, self.task.context, device, self.plan.settings.precision, self.world.size)
 
     def _log(self, metrics: _Metrics, report: StepReport, tokens_per_second: float) -> None:
+        if metrics.file is None:
+            return
         values = report._asdict() | {"tokens_per_second": round(tokens_per_second, 1)}
         used = self._utilisation.of(tokens_per_second)
         if used is not None:
