@@ -110,12 +110,14 @@ class LanguageModel(nn.Module):
             labels: `[L]` int64 of those places, to have the sum of their cross entropies in place of any logits.
 
         Returns:
-            `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads; or
+            `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads;
             with `labels` a scalar in float32 (float64 of a float64 model).
 
         Raises:
             ValueError: naming the argument that does not fit.
         """
+        if labels is not None and (places is None or labels.shape != places.shape):
+            raise ValueError("labels must be of the shape of places, which they are the labels of")
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
         if places is not None:
             hidden = hidden.flatten(0, 1)[places]

@@ -47,7 +47,11 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
-    """Inside, if `wanted`, torch takes only algorithms that give the same bits each time, and refuses where it has none."""
+    """Inside, if `wanted`, torch takes only algorithms that give the same bits each time.
+
+    Raises:
+        ValueError: where it has none.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         # cuBLAS reads this when it is first used; without it torch refuses matrix products.
@@ -55,5 +59,12 @@ def repeatable(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
     try:
         yield
+    except RuntimeError as error:
+        if not wanted or "deterministic" not in str(error):
+            raise
+        raise ValueError(
+            f"deterministic: torch has no such algorithm for a step of this model: {str(error).splitlines()[0]} "
+            f"Another precision or impl may do without that step"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before)

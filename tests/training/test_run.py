@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -168,6 +169,21 @@ def test_what_may_change_the_last_bits_is_said(tmp_path: Path) -> None:
     assert resume_run(tmp_path, steps=2).notes == ()
     (note,) = resume_run(tmp_path, steps=2, impl="recurrent").notes
     assert note.endswith("impl was auto, is recurrent")
+
+
+def test_a_step_that_can_not_be_repeated_is_named(tmp_path: Path) -> None:
+    run = _start(tmp_path)
+    run.plan = replace(run.plan, settings=replace(run.plan.settings, deterministic=True))
+
+    class Watching(Watcher):
+        def update(self, report: StepReport) -> None:
+            assert torch.are_deterministic_algorithms_enabled()
+            if report.step == 2:
+                raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but ...")
+
+    with pytest.raises(ValueError, match=r"deterministic: torch has no such algorithm .* cumsum_cuda_kernel"):
+        run.train(Watching())
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_text_that_has_changed_is_said(tmp_path: Path) -> None:
