@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linear_moe.data.batch import Batch
@@ -53,6 +53,7 @@ def _same(one: Batch, other: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.binary(min_size=1, max_size=30), min_size=2, max_size=6),
     st.integers(1, 12),

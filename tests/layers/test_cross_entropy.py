@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ def _inputs(tokens: int, vocabulary: int, dtype: torch.dtype = torch.float64) ->
     return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator)
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 12), st.integers(1, 9), st.integers(1, 5))
 def test_loss_and_gradients_are_those_of_all_logits_at_once(tokens: int, vocabulary: int, rows: int) -> None:
     hidden, weight, labels = _inputs(tokens, vocabulary)

@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+# What a sharded run imports on its way, once for all.
+import torch.distributed.device_mesh
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from killing import forked, outcome
 from small_models import small_config
 from test_run import Watcher
@@ -28,7 +33,7 @@ from linear_moe.training.run import resume_run, start_run
 from linear_moe.training.settings import TrainSettings
 from linear_moe.training.tasks import RecallTask
 
-STEPS = 4
+STEPS = 3
 
 
 def config() -> ModelConfig:
@@ -41,7 +46,7 @@ def config() -> ModelConfig:
 def plan(steps: int = STEPS) -> RunPlan:
     options = TaskOptions(task="mqar", problems=("16:3", "24:2"), batch_size=2)
     settings = TrainSettings(steps=steps, accumulate=4, learning_rate=3e-3)
-    return RunPlan(options, settings, log_every=1, checkpoint_every=2, evaluate_every=3)
+    return RunPlan(options, settings, log_every=1, checkpoint_every=2, evaluate_every=2)
 
 
 def start(folder: Path, world: World) -> None:
