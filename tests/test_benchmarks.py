@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,12 @@ def test_chunked_vs_recurrent(tmp_path: Path) -> None:
     assert {row["rule"] for row in rows} == set(linear_moe.ops.__all__) - {"RuleOutput"}
     assert all(row["cpu"] and row["torch"] and row["date"] and row["commit"] for row in rows)
     assert all(f"{row['speed_up']}x" in result.stdout for row in rows)
+
+
+def test_conv_part_says_that_it_needs_a_gpu() -> None:
+    """All that it imports is there."""
+    command = [sys.executable, "-W", "error", SCRIPT.parent / "conv_part.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert result.returncode == 1
+    assert result.stderr == "conv_part.py times kernels on a GPU: it needs a CUDA device\n"

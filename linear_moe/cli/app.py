@@ -10,6 +10,7 @@ import typer
 
 from linear_moe.cli import errors
 from linear_moe.cli.config_schema import config_schema
+from linear_moe.cli.convert import convert
 from linear_moe.cli.demo import demo
 from linear_moe.cli.doctor import doctor
 from linear_moe.cli.explain import explain
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (rules, explain, train, generate, demo, doctor, config_schema):
+for command in (rules, explain, train, generate, convert, demo, doctor, config_schema):
     app.command(name=command.__name__.replace("_", "-"))(errors.explained(command))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linear_moe.data.extras import require
+from linear_moe.models.extras import require
 
 ROW_PATTERNS = ("*.jsonl", "*.parquet")
 TEXT_KEY = "text"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from linear_moe.data.batch import Batch, seeded
-from linear_moe.data.extras import require
 from linear_moe.data.rows import TEXT_KEY, text_of
 from linear_moe.data.tokenizer import BYTES, Tokenizer
+from linear_moe.models.extras import require
 
 SHUFFLED_PIECES = 1024
 """Pieces of text that are waiting to be drawn from."""

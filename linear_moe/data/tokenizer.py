@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from linear_moe.data.extras import require
 from linear_moe.data.text import DOCUMENT_START, VOCAB_SIZE, decode_tokens, document_tokens
+from linear_moe.models.extras import require
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 """Their names in a checkpoint."""

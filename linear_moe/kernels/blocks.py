@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.forms import Decay
+from linear_moe.kernels.launch import launch_kernel
 
 NO_DECAY = tl.constexpr(0)
 HEAD_DECAY = tl.constexpr(1)
@@ -107,7 +108,9 @@ def zero_uncovered(tensor: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Set rows of `tensor` `[S, ...]` past the last border to 0: they are in no segment, and no walk writes them."""
     num_tokens = tensor.shape[0]
     if tensor.numel():
-        _zero_kernel[(cdiv(num_tokens, ROWS_BLOCK),)](
+        launch_kernel(
+            _zero_kernel,
+            cdiv(num_tokens, ROWS_BLOCK),
             tensor,
             cu_seqlens[-1:],
             num_tokens,
@@ -139,7 +142,9 @@ def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> T
     """
     num_tokens, heads = log_decay.shape
     sums = log_decay.new_empty(heads, num_tokens, dtype=torch.float64 if exact else torch.float32)
-    _chunk_sums_kernel[(borders.shape[0],)](
+    launch_kernel(
+        _chunk_sums_kernel,
+        borders.shape[0],
         log_decay,
         sums,
         borders,

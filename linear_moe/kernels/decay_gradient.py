@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import piece_of
+from linear_moe.kernels.launch import launch_kernel
 
 CUMSUM_BLOCK = 1024
 
@@ -66,7 +67,9 @@ def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borde
     """
     _, heads, num_tokens = read.shape
     gradient = torch.zeros(heads, num_tokens, dtype=torch.float32, device=read.device)
-    _decay_gradient_kernel[(borders.shape[0] * heads,)](
+    launch_kernel(
+        _decay_gradient_kernel,
+        borders.shape[0] * heads,
         read,
         written,
         at_start,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels.blocks import block_of, state_offsets
+from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.operator import operator
 
 
@@ -110,7 +111,9 @@ def _launch(
     launch = LAUNCHES[min(largest for largest in LAUNCHES if key_dim <= largest)]
     value_tile = block_of(value_dim, launch.value_tile)
     # In one dimension, since the others end at 65,535.
-    _decode_kernel[(slots * heads * triton.cdiv(value_dim, value_tile),)](
+    launch_kernel(
+        _decode_kernel,
+        slots * heads * triton.cdiv(value_dim, value_tile),
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),

@@ -37,7 +37,9 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.join import join
-from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
+from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.results import Backward, Forward
+from linear_moe.kernels.splits import Ragged, Splits, split_length
 
 MILDEST = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 4.0}
 """A chunk in which no channel fades by more than e^60 is multiplied out around half of its fading: two exponentials a number,
@@ -500,7 +502,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     launch = choose_launch("prepare", key_dim, v.shape[2], k.dtype)
     chunk = launch.chunk
     # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
-    chunks = cut(ragged.cu_seqlens, num_tokens, chunk, ragged.max_length)
+    chunks = ragged.pieces(num_tokens, chunk)
     reads, writes = (torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device) for _ in range(2))
     products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
     totals = torch.empty(chunks.num_pieces, heads, key_dim, dtype=torch.float32, device=k.device)
@@ -508,17 +510,12 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     tile = tile_of(key_dim, launch.tile, k.dtype)
     # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
     for mild in (True, False):
-        _prepare_kernel[(chunks.num_pieces * heads,)](
+        launch_kernel(_prepare_kernel, chunks.num_pieces * heads,
             q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
             K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild, num_warps=launch.num_warps,
             num_stages=launch.num_stages, **_shared_constants(k, chunk),
         )  # fmt: skip
-    assert chunks.first is not None
-    first = chunks.first[:-1]
-    if splits.owner is not None:
-        # Pieces past the last are empty, whatever chunk they begin with.
-        into = (splits.borders[:, 0] - ragged.cu_seqlens[splits.owner]).clamp_min(0) // chunk
-        first = (first[splits.owner] + into).clamp_max(chunks.num_pieces - 1)
+    first = splits.first_pieces(chunks, ragged, chunk)
     return _Prepared(reads, writes, products, totals, fades, first)
 
 
@@ -542,7 +539,9 @@ def _walk(
     heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
     launch = choose_launch("walk", key_dim, value_dim, v.dtype)
     tile = tile_of(value_dim, launch.tile, v.dtype)
-    _walk_kernel[(splits.num_pieces * heads * cdiv(value_dim, tile),)](
+    launch_kernel(
+        _walk_kernel,
+        splits.num_pieces * heads * cdiv(value_dim, tile),
         reads,
         writes,
         v,
@@ -598,17 +597,6 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
-class Forward(NamedTuple):
-    """What a forward pass makes."""
-
-    output: Tensor
-    """`[S, H, V]` in the dtype of v."""
-    final_state: Tensor | None
-    """`[N, H, K, V]` float32, if wanted."""
-    starts: Tensor | None
-    """`[P, H, K, V]` float32, the state each piece starts from, where segments were split."""
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -645,16 +633,6 @@ def forward(
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else splits.ends(piece_ends)
     return Forward(output, final, starts if splits.cut else None)
-
-
-class Backward(NamedTuple):
-    """The gradients, each in the dtype of its input."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor
-    initial_state: Tensor | None
 
 
 def backward(
@@ -702,7 +680,7 @@ def backward(
         launch = choose_launch(name, key_dim, value_dim, k.dtype)
         tile = tile_of(key_dim, launch.tile, k.dtype)
         for mild in (True, False):
-            kernel[(splits.num_pieces * heads * cdiv(key_dim, tile),)](
+            launch_kernel(kernel, splits.num_pieces * heads * cdiv(key_dim, tile),
                 q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), scale, HEADS=heads,
                 K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
                 num_warps=launch.num_warps, num_stages=launch.num_stages,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import block_of, cdiv
+from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.splits import Splits
 
 JOIN_BLOCK = 1024
@@ -83,7 +84,9 @@ def join(
     _, heads, K, V = increments.shape
     starts = torch.zeros_like(increments)
     final = torch.empty(num_segments, heads, K, V, dtype=torch.float32, device=increments.device)
-    _join_kernel[(num_segments * heads * cdiv(K * V, JOIN_BLOCK),)](
+    launch_kernel(
+        _join_kernel,
+        num_segments * heads * cdiv(K * V, JOIN_BLOCK),
         increments,
         totals,
         initial_state,
@@ -177,7 +180,9 @@ def join_affine(
     _, heads, K, V = increments.shape
     starts = torch.zeros_like(increments)
     final = torch.empty(num_segments, heads, K, V, dtype=torch.float32, device=increments.device)
-    _join_affine_kernel[(num_segments * heads * cdiv(V, AFFINE_TILE),)](
+    launch_kernel(
+        _join_affine_kernel,
+        num_segments * heads * cdiv(V, AFFINE_TILE),
         increments,
         transitions,
         initial_state,

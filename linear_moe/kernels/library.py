@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from linear_moe.forms import Decay
-from linear_moe.kernels import gated_deltanet, gla, scalar_scan
+from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan
 from linear_moe.kernels.operator import operator
-from linear_moe.kernels.splits import Ragged, num_pieces
+from linear_moe.kernels.splits import Ragged
 
 Tensors = tuple[Tensor, ...]
 
@@ -34,7 +34,7 @@ def _states_like(k: Tensor, v: Tensor, count: int | None, columns: int | None = 
 
 
 def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
-    return None if length is None else num_pieces(v.shape[0], ragged.num_segments, length)
+    return None if length is None else ragged.num_pieces(v.shape[0], length)
 
 
 def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -44,13 +44,26 @@ def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[T
     return d_output.contiguous(), d_final.contiguous() if ctx.want_final and d_final is not None else None
 
 
+def _scan_of(k: Tensor, v: Tensor) -> Any:
+    """The module that scans without erase by a scalar decay or none."""
+    return parallel_scan if piece_reads.takes(k.shape[2], v.shape[2], k.dtype) else scalar_scan
+
+
+def _scan_starts_like(k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
+    """The states from which its backward pass starts again."""
+    if _scan_of(k, v) is parallel_scan:
+        count = parallel_scan.most_pieces(k, v.shape[0], ragged)
+        return k.new_empty(count, v.shape[1], k.shape[2], v.shape[2])
+    return _states_like(k, v, _pieces(v, ragged, scalar_scan.piece_length(k, v, ragged)))
+
+
 @operator("scalar_scan")
 def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        made = scalar_scan.forward(
+        made = _scan_of(k, v).forward(
             q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
             want_final=want_final,
         )  # fmt: skip
@@ -63,7 +76,7 @@ def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, w
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
-        _states_like(k, v, _pieces(v, ragged, scalar_scan.piece_length(k, v, ragged))),
+        _scan_starts_like(k, v, ragged),
     )
 
 
@@ -74,7 +87,7 @@ def _scalar_backward(
     want_decay: bool, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        made = scalar_scan.backward(
+        made = _scan_of(k, v).backward(
             d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
             decay=Decay(decay), scale=scale, want_decay=want_decay,
         )  # fmt: skip
@@ -155,6 +168,7 @@ def _vector_backward(
             d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
             scale=scale,
         )  # fmt: skip
+    assert made.log_decay is not None
     return made.q, made.k, made.v, made.log_decay, _or_empty(made.initial_state, v)
 
 
@@ -187,32 +201,34 @@ torch.library.register_autograd("linear_moe::gla", _vector_gradients, setup_cont
 def _delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor, max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
         made = gated_deltanet.forward(
             q, k, v, log_decay, beta, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
             want_final=want_final, keep=keep,
         )  # fmt: skip
-    kept: tuple[Tensor | None, ...] = (None,) * 5
+    kept: tuple[Tensor | None, ...] = (None,) * 6
     if made.kept is not None:
-        kept = (made.kept.wrong, *made.kept.solved, made.kept.starts, made.kept.transitions)
-    wrong, erasure, reads, starts, transitions = (_or_empty(x, v) for x in kept)
-    return made.output, _or_empty(made.final_state, v), wrong, erasure, reads, starts, transitions
+        kept = (made.kept.wrong, *made.kept.solved, made.kept.starts, made.kept.transitions, made.kept.states)
+    wrong, erasure, reads, starts, transitions, states = (_or_empty(x, v) for x in kept)
+    return made.output, _or_empty(made.final_state, v), wrong, erasure, reads, starts, transitions, states
 
 
 @torch.library.register_fake("linear_moe::gated_deltanet")
 def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay, keep):
     ragged = Ragged(cu_seqlens, max_length, dense)
     pieces = _pieces(v, ragged, gated_deltanet.piece_length(k, v, ragged)) if keep else None
-    chunk = gated_deltanet.chunk_length(k, v)
+    chunk, stored = gated_deltanet.chunk_length(k, v), gated_deltanet.stored_piece(k, v)
     none = _or_empty(None, v)
+    count = ragged.num_pieces(v.shape[0], stored) if keep and stored is not None else None
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
         torch.empty_like(v) if keep else none,
         *(v.new_empty(*v.shape[:2], chunk) if keep else _or_empty(None, v) for _ in range(2)),
-        _states_like(k, v, pieces),
+        _states_like(k, v, pieces if stored is None else None),
         _states_like(k, v, pieces, k.shape[2]),
+        none.clone() if count is None else k.new_empty(count, v.shape[1], k.shape[2], v.shape[2]),
     )
 
 
@@ -220,9 +236,10 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
 def _delta_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor,
     initial_state: Tensor | None, cu_seqlens: Tensor, wrong: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
-    transitions: Tensor, max_length: int, dense: bool, scale: float, decay: str,
+    transitions: Tensor, states: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kept = gated_deltanet.Kept(wrong, gated_deltanet.Solved(erasure, reads), _or_none(starts), _or_none(transitions))
+    solved = gated_deltanet.Solved(erasure, reads)
+    kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), _or_none(states))
     with torch.cuda.device_of(v):
         made = gated_deltanet.backward(
             d_output, d_final, q, k, v, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
@@ -234,7 +251,7 @@ def _delta_backward(
 @torch.library.register_fake("linear_moe::gated_deltanet_backward")
 def _(
     d_output, d_final, q, k, v, log_decay, beta, initial_state, cu_seqlens, wrong, erasure, reads, starts, transitions,
-    max_length, dense, scale, decay,
+    states, max_length, dense, scale, decay,
 ):  # fmt: skip
     return (
         *(torch.empty_like(x) for x in (q, k, v)),

@@ -37,11 +37,14 @@ from linear_moe.kernels.blocks import (
     state_offsets,
     store_rows,
     summed_decays,
+    tile_of,
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.join import join
-from linear_moe.kernels.splits import Ragged, Splits, cut, split_length
+from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.results import Backward, Forward
+from linear_moe.kernels.splits import Ragged, Splits, split_length
 
 
 class Launch(NamedTuple):
@@ -225,13 +228,15 @@ def _scan(
     num_tokens, _, key_dim = q.shape
     value_dim = v.shape[2]
     launch = choose_launch(key_dim, k.dtype)
-    value_tile = block_of(value_dim, launch.value_tile)
+    value_tile = tile_of(value_dim, launch.value_tile, k.dtype)
     tiles = cdiv(value_dim, value_tile)
     overlap = None
     if other is not None:
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
     borders = walk.splits.borders if borders is None else borders
-    _scan_kernel[(walk.splits.num_pieces * walk.heads * tiles,)](
+    launch_kernel(
+        _scan_kernel,
+        walk.splits.num_pieces * walk.heads * tiles,
         q,
         k,
         v,
@@ -284,7 +289,7 @@ def _joined(
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
     launch = choose_launch(k.shape[2], v.dtype)
-    tiles = cdiv(v.shape[2], block_of(v.shape[2], launch.value_tile))
+    tiles = cdiv(v.shape[2], tile_of(v.shape[2], launch.value_tile, v.dtype))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
@@ -293,21 +298,10 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragge
         assert log_decay is not None
         chunk = choose_launch(k.shape[2], k.dtype).chunk
         # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
-        chunks = cut(ragged.cu_seqlens, v.shape[0], chunk, ragged.max_length)
+        chunks = ragged.pieces(v.shape[0], chunk)
         log_decay = chunk_sums(log_decay, chunks.borders, chunk, exact=k.dtype == torch.float32)
     splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
     return _Walk(DECAY_KINDS[decay], log_decay, v.shape[1], splits)
-
-
-class Forward(NamedTuple):
-    """What a forward pass makes."""
-
-    output: Tensor
-    """`[S, H, V]` in the dtype of v."""
-    final_state: Tensor | None
-    """`[N, H, K, V]` float32, if wanted."""
-    starts: Tensor | None
-    """`[P, H, K, V]` float32, the state each piece starts from, where segments were split."""
 
 
 def forward(
@@ -334,17 +328,6 @@ def forward(
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else walk.splits.ends(piece_ends)
     return Forward(output, final, starts if walk.splits.cut else None)
-
-
-class Backward(NamedTuple):
-    """The gradients, each in the dtype of its input."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    """Of a scalar decay, if wanted."""
-    initial_state: Tensor | None
 
 
 def backward(

@@ -7,13 +7,16 @@ from its own. Only segments longer than a split pay for it.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import cdiv
+from linear_moe.kernels.launch import launch_kernel
 
 SEGMENTS_BLOCK = 1024
 PIECES_BLOCK = 256
@@ -57,6 +60,16 @@ class Splits(NamedTuple):
             return states
         return states[self.first[:-1] if reverse else self.first[1:] - 1]
 
+    def first_pieces(self, pieces: Splits, ragged: Ragged, length: int) -> Tensor:
+        """`[P]` Of the smaller `pieces` of `length` tokens, of which these are multiples, the one that each begins with."""
+        assert pieces.first is not None
+        first = pieces.first[:-1]
+        if self.owner is None:
+            return first
+        # Those past the last are empty, whatever piece they begin with.
+        into = (self.borders[:, 0] - ragged.cu_seqlens[self.owner]).clamp_min(0) // length
+        return (first[self.owner] + into).clamp_max(pieces.num_pieces - 1)
+
 
 class Ragged(NamedTuple):
     """Segments of flattened tokens."""
@@ -73,11 +86,30 @@ class Ragged(NamedTuple):
         """N"""
         return self.cu_seqlens.numel() - 1
 
+    def uniform(self, num_tokens: int) -> bool:
+        """Whether every segment has `max_length` tokens, as a batch has: then sizes alone say where pieces lie."""
+        return self.dense and self.num_segments * self.max_length == num_tokens
+
     def pieces(self, num_tokens: int, length: int | None) -> Splits:
         """Segments cut into pieces of `length` of the `num_tokens` tokens, or left whole."""
         if length is None:
             return whole(self.cu_seqlens)
-        return cut(self.cu_seqlens, num_tokens, length, self.max_length)
+        if not self.uniform(num_tokens):
+            return cut(self.cu_seqlens, num_tokens, length, self.max_length)
+        device = self.cu_seqlens.device
+        sizes = (self.num_segments, self.max_length, length, device)
+        if device.type != "cuda":
+            return _uniform_pieces(*sizes)
+        if torch.cuda.is_current_stream_capturing():
+            # What a capture allocates is its own.
+            return _uniform_pieces.__wrapped__(*sizes)
+        return _uniform_pieces(*sizes, torch.cuda.current_stream(device).cuda_stream)
+
+    def num_pieces(self, num_tokens: int, length: int) -> int:
+        """P of `pieces`."""
+        if self.uniform(num_tokens):
+            return self.num_segments * max(cdiv(self.max_length, length), 1)
+        return num_pieces(num_tokens, self.num_segments, length)
 
 
 def split_length(num_tokens: int, max_length: int, walks_per_token: int, num_processors: int, chunk: int) -> int | None:
@@ -98,6 +130,24 @@ def split_length(num_tokens: int, max_length: int, walks_per_token: int, num_pro
 def whole(cu_seqlens: Tensor) -> Splits:
     """Every segment one piece."""
     return Splits(cu_seqlens.unfold(0, 2, 1), None, None, None, None, None, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform_pieces(
+    num_segments: int, segment_length: int, length: int, device: torch.device, stream: int | None = None
+) -> Splits:
+    """Segments of one length cut into pieces: made once for a `stream`, on which what uses it comes after."""
+    each = max(cdiv(segment_length, length), 1)
+    # A tensor that is kept must serve outside of inference mode too.
+    with torch.inference_mode(False):
+        piece = torch.arange(num_segments * each, device=device)
+        owner, place = piece // each, piece % each
+        start = owner * segment_length + place * length
+        borders = torch.stack((start, torch.minimum(start + length, (owner + 1) * segment_length)), -1)
+        kept = (place + 1 < each, place > 0, (place >= 0) & (each > 1))
+        leading, trailing, several = (torch.where(which[:, None], borders, 0) for which in kept)
+        first = torch.arange(num_segments + 1, device=device) * each
+    return Splits(borders, first, owner, leading, trailing, several, each)
 
 
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
@@ -156,8 +206,10 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int) -> Sp
     count = num_pieces(num_tokens, num_segments, length)
     first, owner = cu_seqlens.new_empty(num_segments + 1), cu_seqlens.new_empty(count)
     borders = cu_seqlens.new_empty(4, count, 2)
-    _first_kernel[(1,)](cu_seqlens, first, num_segments, length, BLOCK=SEGMENTS_BLOCK)
-    _cut_kernel[(cdiv(count, PIECES_BLOCK),)](
+    launch_kernel(_first_kernel, 1, cu_seqlens, first, num_segments, length, BLOCK=SEGMENTS_BLOCK)
+    launch_kernel(
+        _cut_kernel,
+        cdiv(count, PIECES_BLOCK),
         cu_seqlens,
         first,
         borders,

@@ -96,6 +96,8 @@ class SoftmaxAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False, **factory)
         self.out_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False, **factory)
+        # The class as it was written: wrappers (of adapters, of sharded training) change the class of a built module.
+        self._owner = f"{type(self).__name__} {layer_index}"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -138,7 +140,7 @@ class SoftmaxAttention(nn.Module):
             # Each document has a cache of its own, so each gets a row of its own.
             segments = segments_of(1, x.shape[1], cu_seqlens, sequences.max_length, x.device)
         rows = self._project(x, sequences, state, segments, packed=cu_seqlens is not None)
-        columns = AttentionState(rows.k, rows.v, rows.positions, rows.valid, sequences.lengths, self._owner())
+        columns = AttentionState(rows.k, rows.v, rows.positions, rows.valid, sequences.lengths, self._owner)
         if state is not None:
             columns = state.extended(rows.k, rows.v, rows.positions, rows.valid)
         alone = columns.num_columns == x.shape[1] and padding_mask is None and cu_seqlens is None
@@ -242,17 +244,14 @@ class SoftmaxAttention(nn.Module):
             positions=torch.zeros(columns, dtype=torch.int64, device=device),
             valid=torch.zeros(columns, dtype=torch.bool, device=device),
             tokens_seen=torch.zeros(batch_size, dtype=torch.int64, device=device),
-            owner=self._owner(),
+            owner=self._owner,
         )
-
-    def _owner(self) -> str:
-        return f"{type(self).__name__} {self.layer_index}"
 
     def _check(self, x: Tensor, sequences: Sequences, state: AttentionState | None) -> None:
         check_input(x, self.hidden_size, self.out_proj.weight.dtype)
         if state is None:
             return
-        check_state(state, AttentionState, self._owner())
+        check_state(state, AttentionState, self._owner)
         shape = (sequences.num_sequences, state.num_columns, self.num_kv_heads, self.head_dim)
         if tuple(state.keys.shape) != shape:
             raise ValueError(

@@ -7,6 +7,8 @@ accumulation) scales a collected loss with it, but can't reach an attached one: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class AuxiliaryLoss(KeepsFloat32):
         self.mode = mode
         self.collected: Tensor | None = None
         # A tensor, so that a captured graph sees it change.
-        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32), persistent=False)
 
     def forward(self, output: Tensor, loss: Tensor) -> Tensor:
         """`output`, with the scalar `loss` attached to it or kept in `collected`; out of training neither."""
@@ -84,6 +86,18 @@ def set_auxiliary_scale(module: nn.Module, scale: float) -> None:
     for part in module.modules():
         if isinstance(part, AuxiliaryLoss):
             part.scale.fill_(scale)
+
+
+@contextmanager
+def keep_collected(module: nn.Module) -> Iterator[None]:
+    """Leave what is collected in `module` as it is, whatever runs inside: for a pass that only repeats an earlier one."""
+    parts = [part for part in module.modules() if isinstance(part, AuxiliaryLoss)]
+    held = [part.collected for part in parts]
+    try:
+        yield
+    finally:
+        for part, loss in zip(parts, held, strict=True):
+            part.collected = loss
 
 
 def collect_auxiliary_losses(module: nn.Module) -> Tensor:

@@ -61,8 +61,9 @@ class BalanceBias(KeepsFloat32):
     def __init__(self, num_choices: int, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.register_buffer("bias", torch.zeros(num_choices))
-        self.register_buffer("pending", torch.zeros(num_choices), persistent=False)
+        # Whatever the default dtype is: a model may be built under a 16-bit one.
+        self.register_buffer("bias", torch.zeros(num_choices, dtype=torch.float32))
+        self.register_buffer("pending", torch.zeros(num_choices, dtype=torch.float32), persistent=False)
 
     def reset_parameters(self) -> None:
         """No bias, no loads."""

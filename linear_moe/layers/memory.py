@@ -27,6 +27,10 @@ class MemoryLayer(RecurrentMixer):
         conv_scope: "memory": along the sequence of a memory's own projections, where the rule asks for it;
             "sequence": x + SiLU(conv(x)) on the layer's input, for any rule.
         norm_eps: of the gated output norm.
+        output_gate: what the output gate goes through: "silu", "sigmoid", or "none" for no gate.
+        norm_groups: how many parts the value channels of all heads are normed in, with a weight a channel; each head by itself,
+            with one weight for all, unless given.
+        gate_before_norm: norm what the gate has been multiplied with, as Mamba2 does.
         layer_index: which layer of the model this is, from 0; some rules depend on it.
         num_layers: layers of the model.
         rule_options: the rule's own options by name.
@@ -50,6 +54,9 @@ class MemoryLayer(RecurrentMixer):
         conv_width: int = 4,
         conv_scope: str = "memory",
         norm_eps: float = 1e-5,
+        output_gate: str = "silu",
+        norm_groups: int | None = None,
+        gate_before_norm: bool = False,
         layer_index: int = 0,
         num_layers: int = 1,
         rule_options: Mapping[str, Any] | None = None,
@@ -68,6 +75,9 @@ class MemoryLayer(RecurrentMixer):
             conv_width=conv_width,
             conv_scope=conv_scope,
             norm_eps=norm_eps,
+            output_gate=output_gate,
+            norm_groups=norm_groups,
+            gate_before_norm=gate_before_norm,
             layer_index=layer_index,
             num_layers=num_layers,
             rule_options=rule_options,

@@ -39,6 +39,10 @@ class MoMLayer(RecurrentMixer):
             "sequence": x + SiLU(conv(x)) on the layer's input, for any rule, which binds a token to the one before it in the
             text even when they go to different memories.
         norm_eps: of the gated output norm.
+        output_gate: what the output gate goes through: "silu", "sigmoid", or "none" for no gate.
+        norm_groups: how many parts the value channels of all heads are normed in, with a weight a channel; each head by itself,
+            with one weight for all, unless given.
+        gate_before_norm: norm what the gate has been multiplied with, as Mamba2 does.
         memory_projections: "memory": keys, values and gates have one projection a memory; "shared": one for all.
         query_projection: "shared" or "memory", the same for queries.
         router_score: "softmax" or "sigmoid".
@@ -79,6 +83,9 @@ class MoMLayer(RecurrentMixer):
         conv_width: int = 4,
         conv_scope: str = "memory",
         norm_eps: float = 1e-5,
+        output_gate: str = "silu",
+        norm_groups: int | None = None,
+        gate_before_norm: bool = False,
         memory_projections: str = "memory",
         query_projection: str = "shared",
         router_score: str = "softmax",
@@ -107,6 +114,9 @@ class MoMLayer(RecurrentMixer):
             conv_width=conv_width,
             conv_scope=conv_scope,
             norm_eps=norm_eps,
+            output_gate=output_gate,
+            norm_groups=norm_groups,
+            gate_before_norm=gate_before_norm,
             layer_index=layer_index,
             num_layers=num_layers,
             rule_options=rule_options,

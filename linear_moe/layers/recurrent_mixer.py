@@ -65,6 +65,9 @@ class RecurrentMixer(nn.Module, ABC):
         memory_projections: str,
         query_projection: str,
         learned_initial_memory: bool,
+        output_gate: str,
+        norm_groups: int | None,
+        gate_before_norm: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -134,9 +137,20 @@ class RecurrentMixer(nn.Module, ABC):
             if learned_initial_memory
             else None
         )
-        self.gate_proj = nn.Linear(hidden_size, value_width, bias=False, **factory)
-        self.norm = GatedRMSNorm(dims.head_value_dim, norm_eps, **factory)
+        self.norm = GatedRMSNorm(
+            dims.num_value_heads,
+            dims.head_value_dim,
+            norm_eps,
+            gate=output_gate,
+            groups=norm_groups,
+            gate_first=gate_before_norm,
+            **factory,
+        )
+        gated = output_gate != "none"
+        self.gate_proj = nn.Linear(hidden_size, value_width, bias=False, **factory) if gated else None
         self.out_proj = nn.Linear(value_width, hidden_size, bias=False, **factory)
+        # The class as it was written: wrappers (of adapters, of sharded training) change the class of a built module.
+        self._owner = f"{type(self).__name__} {layer_index} ({self.rule.name})"
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,8 +168,10 @@ class RecurrentMixer(nn.Module, ABC):
             widths = [_first_width(spec) for spec in specs.values()]
             for part in () if weight is None else weight.split(widths, -2):
                 xavier_init_(part)
-        for weight in (*self.second_stage.values(), self.gate_proj.weight, self.out_proj.weight):
+        for weight in (*self.second_stage.values(), self.out_proj.weight):
             xavier_init_(weight)
+        if self.gate_proj is not None:
+            xavier_init_(self.gate_proj.weight)
         for bias in self.projection_bias.values():
             nn.init.zeros_(bias)
         # As a depthwise convolution is: uniform within 1 / sqrt(W).
@@ -313,8 +329,9 @@ class RecurrentMixer(nn.Module, ABC):
     def _combine(self, tokens: Tensor, reads: Tensor, weights: Tensor | None) -> Tensor:
         """Weighted sum of a token's reads `[S, F, H, V]`, gated norm, output projection: `[S, D]`."""
         mixed = reads.sum(1) if weights is None else (weights.to(reads.dtype)[..., None, None] * reads).sum(1)
-        gate = self.gate_proj(tokens).unflatten(-1, mixed.shape[1:])
-        output: Tensor = self.out_proj(self.norm(mixed, gate).flatten(1))
+        gate = None if self.gate_proj is None else self.gate_proj(tokens).unflatten(-1, mixed.shape[1:])
+        dtype = tokens.dtype if gate is None else gate.dtype
+        output: Tensor = self.out_proj(self.norm(mixed, gate, dtype).flatten(1))
         return output
 
     def new_state(
@@ -341,16 +358,13 @@ class RecurrentMixer(nn.Module, ABC):
         conv_shape = self._conv_shape(batch_size)
         conv = None if conv_shape is None else torch.zeros(conv_shape, dtype=dtype, device=device)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return MemoryState(memory, conv, seen, self._owner())
-
-    def _owner(self) -> str:
-        return f"{type(self).__name__} {self.layer_index} ({self.rule.name})"
+        return MemoryState(memory, conv, seen, self._owner)
 
     def _check(self, x: Tensor, sequences: Sequences, state: MemoryState | None) -> None:
         check_input(x, self.hidden_size, self.out_proj.weight.dtype)
         if state is None:
             return
-        check_state(state, MemoryState, self._owner())
+        check_state(state, MemoryState, self._owner)
         dims = self.rule.dims
         shape = (sequences.num_sequences, self.num_states, dims.num_value_heads, *self.rule.state_shape())
         if tuple(state.memory.shape) != shape:

@@ -56,6 +56,17 @@ class _RecurrentConfig(BaseModel):
         description='"memory": along the tokens of each memory, on the projections where the rule asks for it; '
         '"sequence": x + SiLU(conv(x)) on the layer\'s input, for any rule.',
     )
+    output_gate: Literal["silu", "sigmoid", "none"] = Field(
+        default="silu", description="What the gate on the output goes through; none for no gate."
+    )
+    norm_groups: PositiveInt | None = Field(
+        default=None,
+        description="How many parts the value channels of all heads are normed in, with a weight a channel; each head by "
+        "itself, with one weight for all, unless given.",
+    )
+    gate_before_norm: bool = Field(
+        default=False, description="Norm what the gate has been multiplied with, as Mamba2 does, not the read alone."
+    )
 
     def rule_dims(self, hidden_size: int, layer_index: int = 0, num_layers: int = 1) -> RuleDims:
         """The sizes that the rule is built with."""
@@ -81,6 +92,11 @@ class _RecurrentConfig(BaseModel):
             yield Problem("rule", str(error))
             return
         yield from self._conv_problems(rule)
+        width = rule.dims.num_value_heads * rule.dims.head_value_dim
+        if self.norm_groups is not None and width % self.norm_groups:
+            yield Problem("norm_groups", f"must divide the {width} value channels, got {self.norm_groups}")
+        if self.gate_before_norm and self.output_gate == "none":
+            yield Problem("gate_before_norm", "would be ignored: output_gate is none")
 
     def _conv_problems(self, rule: UpdateRule) -> Iterator[Problem]:
         if self.conv_scope == "sequence" or any(projection.conv for projection in rule.projections().values()):
@@ -108,6 +124,9 @@ class _RecurrentConfig(BaseModel):
             "conv_width": self.conv_width,
             "conv_scope": self.conv_scope,
             "norm_eps": context.norm_eps,
+            "output_gate": self.output_gate,
+            "norm_groups": self.norm_groups,
+            "gate_before_norm": self.gate_before_norm,
             "layer_index": context.layer_index,
             "num_layers": context.num_layers,
             "impl": context.impl,

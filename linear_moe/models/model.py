@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from linear_moe.layers.cross_entropy import summed_cross_entropy
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.mom import MoMLayer
+from linear_moe.models.checkpointing import checkpoint_without_reentry, run_checkpointed
 from linear_moe.models.generation import generate
 from linear_moe.models.mixer_config import BuildContext
 from linear_moe.models.schema import BlockConfig, ModelConfig
@@ -19,7 +20,15 @@ from linear_moe.rules.validate import check_padding_mask
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)).
+
+    Attributes:
+        gradient_checkpointing: whether a training forward without a state keeps the block's input only, and computes what
+            is in between again in the backward pass.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(checkpoint_without_reentry)
 
     def __init__(self, config: BlockConfig, context: BuildContext) -> None:
         super().__init__()
@@ -38,6 +47,20 @@ class Block(nn.Module):
         state: LayerState | None = None,
     ) -> Tensor:
         """`x` `[B, T, D]`; the rest as in `MoMLayer.forward`."""
+        # Not with a state: computing it again would update it again.
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and state is None:
+            options = {"padding_mask": padding_mask, "cu_seqlens": cu_seqlens}
+            return run_checkpointed(self, self._run, self._gradient_checkpointing_func, x, **options)
+        return self._run(x, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+
+    def _run(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: LayerState | None = None,
+    ) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
         if self.ffn is not None and self.ffn_norm is not None:
             x = x + self.ffn(self.ffn_norm(x), padding_mask=padding_mask)
@@ -71,8 +94,7 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self._fingerprint = config.fingerprint()
+        self.declare(config)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         names = config.layer_names()
         context = BuildContext(config.hidden_size, config.norm_eps, 0, len(names), impl, auxiliary, device, dtype)
@@ -88,6 +110,11 @@ class LanguageModel(nn.Module):
         for module in (self.embedding, self.head):
             if module is not None:
                 normal_init_(module.weight)
+
+    def declare(self, config: ModelConfig) -> None:
+        """Take `config` for what the model is; whoever changes a part (the vocabulary, say) changes the declaration, too."""
+        self.config = config
+        self._fingerprint = config.fingerprint()
 
     def forward(
         self,
@@ -121,7 +148,10 @@ class LanguageModel(nn.Module):
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
         if places is not None:
             hidden = hidden.flatten(0, 1)[places]
-        return self.logits(hidden) if labels is None else summed_cross_entropy(hidden, self._head_weight(), labels)
+        if labels is None:
+            return self.logits(hidden)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return summed_cross_entropy(hidden, weight, labels)
 
     def hidden(
         self,
@@ -150,10 +180,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: `[..., D]` to `[..., vocab_size]`."""
-        return F.linear(hidden, self._head_weight())
-
-    def _head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+        if self.head is not None:
+            output: Tensor = self.head(hidden)
+            return output
+        # A model spread over devices ends on another than it begins on.
+        return F.linear(hidden.to(self.embedding.weight.device), self.embedding.weight)
 
     def new_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

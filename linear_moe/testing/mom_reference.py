@@ -128,10 +128,22 @@ class _Reference:
         mixed = torch.zeros((), dtype=self.wide, device=x.device)
         for memory, weight in self._route(x):
             mixed = mixed + weight * self._update_and_read(x, memory, memories[memory], position)
-        gate = (layer.gate_proj.weight.to(self.dtype) @ x).to(self.wide).view_as(mixed)
-        normed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + layer.norm.eps) * layer.norm.weight
-        output = (normed * F.silu(gate)).to(self.dtype).flatten()
-        return layer.out_proj.weight.to(self.dtype) @ output
+        return layer.out_proj.weight.to(self.dtype) @ self._norm_and_gate(x, mixed).to(self.dtype)
+
+    def _norm_and_gate(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The read `[H, V]` of the token x `[D]`, normed and gated: `[H * V]`."""
+        norm, projection = self.layer.norm, self.layer.gate_proj
+        read, gate = mixed.flatten(), torch.ones((), dtype=self.wide, device=x.device)
+        if projection is not None:
+            raw = (projection.weight.to(self.dtype) @ x).to(self.wide)
+            gate = F.silu(raw) if norm.gate == "silu" else torch.sigmoid(raw)
+        if norm.gate_first:
+            read = read * gate
+        size = mixed.shape[-1] if norm.groups is None else read.numel() // norm.groups
+        parts = [part * torch.rsqrt(part.square().mean() + norm.eps) for part in read.split(size)]
+        weight = norm.weight.repeat(len(parts)) if norm.groups is None else norm.weight
+        normed = torch.cat(parts) * weight
+        return normed if norm.gate_first else normed * gate
 
     def _route(self, x: Tensor) -> list[tuple[int, Tensor]]:
         """The memories of a token, each with its weight."""

@@ -1,5 +1,7 @@
-"""Optional packages, under the name that training knows them by."""
+"""Packages that only training or plotting needs. They are looked for as those of models are."""
 
-from linear_moe.data.extras import MissingExtraError, require
+from __future__ import annotations
+
+from linear_moe.models.extras import MissingExtraError, require
 
 __all__ = ["MissingExtraError", "require"]

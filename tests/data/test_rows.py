@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from linear_moe.data.extras import MissingExtraError
 from linear_moe.data.rows import read_rows
 from linear_moe.data.text import read_text
+from linear_moe.models.extras import MissingExtraError
 
 
 def _json_lines(path: Path, rows: list[Any]) -> Path:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizer import VOCABULARY, write_tokenizer
 
-from linear_moe.data.extras import MissingExtraError
 from linear_moe.data.text_batches import PackedText, held_out_batches
 from linear_moe.data.tokenizer import BYTES, FileTokenizer, load_tokenizer
+from linear_moe.models.extras import MissingExtraError
 
 TEXT = "the fox, the dög\n and the quick\u2028fox"
 

@@ -15,7 +15,7 @@ from seeding import Bug, assert_caught, in_the_interpreter
 from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import blocks, decay_gradient, gated_deltanet, join
+from linear_moe.kernels import blocks, decay_gradient, delta_walks, gated_deltanet, join
 
 every_form = pytest.mark.parametrize("form", DELTA_FORMS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,39 +80,39 @@ OF_ERASES = "state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_preci
 BUGS = {
     "a mask dropped": (
         WHOLE,
-        Bug(gated_deltanet, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=4),
+        Bug(delta_walks, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=4),
     ),
     "a causal mask of erases dropped": (
         WHOLE,
-        Bug(gated_deltanet, "rows[:, None] > rows[None, :], overlaps", "True, overlaps"),
+        Bug(delta_walks, "rows[:, None] > rows[None, :], overlaps", "True, overlaps"),
     ),
-    "a causal mask of reads dropped": (WHOLE, Bug(gated_deltanet, "tl.where(seen, reads, 0.0)", "reads")),
+    "a causal mask of reads dropped": (WHOLE, Bug(delta_walks, "tl.where(seen, reads, 0.0)", "reads")),
     "a causal mask of gradients dropped": (
         WHOLE,
-        Bug(gated_deltanet, "tl.where(earlier, weights * reads, 0.0)", "weights * reads"),
+        Bug(delta_walks, "tl.where(earlier, weights * reads, 0.0)", "weights * reads"),
     ),
-    "key heads taken in turn": (HEADS, Bug(gated_deltanet, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=5)),
+    "key heads taken in turn": (HEADS, Bug(delta_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=5)),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
     "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
     "pairs not transposed backwards": (
         WHOLE,
-        Bug(gated_deltanet, "later_reads = load_columns(", "later_reads = load_rows(", count=2),
+        Bug(delta_walks, "later_reads = load_columns(", "later_reads = load_rows(", count=2),
     ),
     "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
     "the state does not fade": (
         WHOLE,
-        Bug(gated_deltanet, "state *= tl.exp(total.to(tl.float32))", "state *= 1.0", count=4),
+        Bug(delta_walks, "state *= tl.exp(total.to(tl.float32))", "state *= 1.0", count=4),
     ),
-    "the state is not added to": (WHOLE, Bug(gated_deltanet, "written.to(dtype), acc=state,", "written.to(dtype),")),
-    "what reads forgotten in the state's gradient": (WHOLE, Bug(gated_deltanet, OF_QUERIES, "pass")),
-    "what erases forgotten in the state's gradient": (WHOLE, Bug(gated_deltanet, OF_ERASES, "pass")),
-    "beta forgotten in the write": (WHOLE, Bug(gated_deltanet, "written = beta * wrong", "written = wrong")),
-    "beta forgotten in the erase": (WHOLE, Bug(gated_deltanet, "(-beta * wrong)", "(-wrong)")),
-    "beta forgotten in the chunk's inverse": (WHOLE, Bug(gated_deltanet, "overlaps * beta[:, None]", "overlaps")),
-    "beta forgotten in the values' gradient": (WHOLE, Bug(gated_deltanet, "dv = beta * d_write", "dv = d_write")),
+    "the state is not added to": (WHOLE, Bug(delta_walks, "written.to(dtype), acc=state,", "written.to(dtype),")),
+    "what reads forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_QUERIES, "pass")),
+    "what erases forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_ERASES, "pass")),
+    "beta forgotten in the write": (WHOLE, Bug(delta_walks, "written = beta * wrong", "written = wrong")),
+    "beta forgotten in the erase": (WHOLE, Bug(delta_walks, "(-beta * wrong)", "(-wrong)")),
+    "beta forgotten in the chunk's inverse": (WHOLE, Bug(delta_walks, "overlaps * beta[:, None]", "overlaps")),
+    "beta forgotten in the values' gradient": (WHOLE, Bug(delta_walks, "dv = beta * d_write", "dv = d_write")),
     "the inverse one level short": (
         WHOLE,
-        Bug(gated_deltanet, "tl.static_range(1, LEVELS)", "tl.static_range(1, LEVELS - 1)"),
+        Bug(delta_walks, "tl.static_range(1, LEVELS)", "tl.static_range(1, LEVELS - 1)"),
     ),
     "a split's carry lost": (
         CUT,

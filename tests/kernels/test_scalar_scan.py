@@ -37,7 +37,7 @@ HEADS = replace(WHOLE, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
 CLEAN = {"whole": WHOLE, "cut": CUT, "constant": CONSTANT, "heads": HEADS}
 
 ROW = "tl.minimum(rows, num_rows - 1)"
-CHUNKS = "cut(ragged.cu_seqlens, v.shape[0], chunk"
+CHUNKS = "ragged.pieces(v.shape[0], chunk"
 BUGS = {
     "a mask dropped": (WHOLE, Bug(scalar_scan, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk")),
     "a causal mask dropped": (WHOLE, Bug(scalar_scan, "tl.where(seen, products, 0.0)", "products")),

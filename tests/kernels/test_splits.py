@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linear_moe.kernels.join import join, join_affine
-from linear_moe.kernels.splits import Splits, cut, num_pieces, split_length, whole
+from linear_moe.kernels.splits import Ragged, Splits, cut, num_pieces, split_length, whole
 from linear_moe.testing.budget import assert_within_budget
 
 
@@ -73,6 +73,38 @@ def test_many_segments(longest: int) -> None:
     splits = cut(borders_of(lengths), sum(lengths), 16, max(longest, 1))
     assert_covered(splits, lengths, 16)
     assert_emptied(splits)
+
+
+@given(count=st.integers(1, 5), segment=st.integers(0, 40), length=st.integers(1, 30))
+def test_pieces_of_a_batch_need_no_look_at_its_borders(count: int, segment: int, length: int) -> None:
+    borders, total = borders_of([segment] * count), count * segment
+    batch = Ragged(borders, segment, dense=True)
+    splits, expected = batch.pieces(total, length), cut(borders, total, length, segment)
+    assert splits.num_pieces == batch.num_pieces(total, length) <= expected.num_pieces
+    assert splits.most == expected.most
+    assert_covered(splits, [segment] * count, length)
+    assert_emptied(splits)
+
+
+def test_pieces_of_a_batch_are_made_once_and_outlive_inference_mode() -> None:
+    batch = Ragged(borders_of([90, 90]), 90, dense=True)
+    with torch.inference_mode():
+        first = batch.pieces(180, 31)
+    assert batch.pieces(180, 31).borders is first.borders
+    assert not first.borders.is_inference()
+    assert Ragged(borders_of([90, 90]), 90, dense=False).pieces(180, 31).borders is not first.borders
+
+
+@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4), small=st.integers(1, 9), times=st.integers(1, 5))
+def test_the_smaller_piece_that_each_begins_with(lengths: list[int], small: int, times: int) -> None:
+    total = sum(lengths)
+    ragged = Ragged(borders_of(lengths), max(lengths), dense=False)
+    pieces = ragged.pieces(total, small)
+    for splits in (ragged.pieces(total, small * times), ragged.pieces(total, None)):
+        first = splits.first_pieces(pieces, ragged, small)
+        for (start, end), piece in zip(splits.borders.tolist(), first.tolist(), strict=True):
+            if end > start:
+                assert pieces.borders[piece, 0] == start
 
 
 def test_whole_segments() -> None:

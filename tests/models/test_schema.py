@@ -83,10 +83,12 @@ def test_a_rule_is_a_name_or_a_mapping(rule: str) -> None:
         ("num_heads: 4", "num_heads: 3", "must be an even number where no head_dim is given, got 32 / 3"),
         ("num_heads: 4", "head_dim: 7", "blocks.recall.mixer.head_dim (line 8): must be even"),
         ("{type: gla, gate_rank: 8}, num_heads: 2, head_dim: 8", "retnet, head_dim: 7", "rule (line 5): head_dim must be even"),
+        ("num_heads: 2", "num_heads: 2, norm_groups: 3", "norm_groups (line 5): must divide the 16 value channels, got 3"),
         ("*2 recall", "*2 recal", "layers (line 10): unknown block 'recal'; did you mean 'recall'?"),
         # what would be ignored
         ("num_heads: 2", "num_heads: 2, conv_width: 3", "conv_width (line 5): would be ignored: the rule 'gla' has no"),
         ("num_heads: 2", "num_heads: 2, conv_scope: memory", "conv_scope (line 5): would be ignored: the rule 'gla' has no"),
+        ("num_heads: 2", "num_heads: 2, output_gate: none, gate_before_norm: true", "gate_before_norm (line 5): would be ign"),
         ("ratio: 3", "ratio: 3, width: 64", "blocks.recall.ffn.ratio (line 9): would be ignored beside width = 64"),
         ("*2 recall", "*2", "blocks.recall (line 7): would be ignored: layers = '(memory*2)*2' does not use it"),
         ("num_heads: 2", "num_heads: 2, top_k: 1, renormalize: true", "renormalize (line 5): would be ignored: with top_k = 1"),

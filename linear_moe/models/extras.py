@@ -1,4 +1,4 @@
-"""Packages that only some uses need: found, or asked for by the command that installs them."""
+"""Packages that only some users need: found, or asked for by the command that installs them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,516 @@
+"""Kernels of the delta rule with a scalar decay or none: S' = a S_{t-1}; S_t = S' + b k (v - S'^T k)^T; o_t = scale q_t^T S_t.
+
+With r_t = v_t - S'^T k_t what a write finds wrong and u_t = b_t r_t what it writes, the recurrence is the scalar scan of u,
+and so are its gradients for q and k. What the erase adds is that r depends on itself: in a chunk that starts from S_0,
+
+    x = v - e^G k S_0,   r = x - E (b x),   E = A (I + diag(b) A)^-1,   A_tj = <k_t, k_j> e^(G_t - G_j) for j < t
+
+(2412.06464, section 3.3, solved for r rather than u: nothing is divided by b, which may be 0).
+
+    solve        chunk-parallel: E, and the reads P_tj = <q_t, k_j> e^(G_t - G_j), j <= t
+    forward      forwards, a tile of value channels: r and o, from the state S [K, tile] in registers
+    values       backwards, likewise: dw = du - E^T (b du) with du = dS^T k, dv = b dw, and b's gradient <dw, r>
+    pairs        chunk-parallel: <do_t, u_j> and <dv_t, u_j>, decayed
+    queries      forwards, a tile of key channels, state S^T: dq, and the erase's part of dk, -S'_t dv_t
+    keys         backwards, likewise, state dS^T: the write's part of dk, dS_t u_t
+
+The decay's gradient is made of sums that the last two leave behind (`linear_moe.kernels.decay_gradient`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from linear_moe.kernels.blocks import (
+    NO_DECAY,
+    load_columns,
+    load_rows,
+    pair_decays,
+    piece_of,
+    state_offsets,
+    store_rows,
+    summed_decays,
+)
+
+
+@triton.jit
+def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32, by doubling the blocks that are inverted.
+
+    With X the inverse of the blocks of one width and L what joins two of them, the pair's inverse is X - X L X: block
+    substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel).
+    """
+    rows = tl.arange(0, SIZE)
+    row, column = rows[:, None], rows[None, :]
+    inverse = tl.where(row == column, 1.0, tl.where((row == column + 1) & (row % 2 == 1), -lower, 0.0))
+    for level in tl.static_range(1, LEVELS):
+        joins = (row // (2 << level) == column // (2 << level)) & (row // (1 << level) != column // (1 << level))
+        step = tl.dot(tl.where(joins, lower, 0.0), inverse, input_precision=PRECISION)
+        inverse -= tl.dot(inverse, step, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def solve_kernel(
+    q_ptr,
+    k_ptr,
+    decay_ptr,
+    beta_ptr,
+    erasure_ptr,
+    reads_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % HEADS
+    start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
+    if size == 0:
+        return
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    valid = rows < size
+    k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+    beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
+    overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    seen = rows[:, None] >= rows[None, :]
+    if DECAY != NO_DECAY:
+        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY)
+        pairs = pair_decays(summed[:, None], summed[None, :], seen)
+        overlaps *= pairs
+    q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+    reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if DECAY != NO_DECAY:
+        reads *= pairs
+    store_rows(reads_ptr, tl.where(seen, reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+    overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
+    inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
+    erasure = tl.dot(overlaps, inverse, input_precision=PRECISION)
+    store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    decay_ptr,
+    beta_ptr,
+    erasure_ptr,
+    reads_ptr,
+    o_ptr,
+    wrong_ptr,
+    initial_ptr,
+    final_ptr,
+    states_ptr,
+    first_piece_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    TRANSITION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A null pointer leaves its part out. `states`: of the state before each PIECE tokens. TRANSITION: no values and a start of
+    I, whose final state is what the piece does to any state `[K, K]`.
+    """
+    NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if TRANSITION:
+        state = (keys[:, None] == values[None, :]).to(tl.float32)
+    elif initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
+    else:
+        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    for chunk in range(tl.cdiv(size, CHUNK)):
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        erasure = load_rows(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
+        rounded = state.to(dtype)
+        if states_ptr is not None:
+            if chunk * CHUNK % PIECE == 0:
+                place = tl.load(first_piece_ptr + piece) + chunk * CHUNK // PIECE
+                tl.store(
+                    states_ptr + state_offsets(place, head, HEADS, keys, values, K, V, False), rounded, mask=in_state
+                )
+        wrong = -tl.dot(k, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            wrong *= from_start
+        if not TRANSITION:
+            wrong += load_rows(v_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
+        wrong = tl.dot(erasure, (-beta * wrong).to(dtype), acc=wrong, input_precision=PRECISION)
+        written = beta * wrong
+        if wrong_ptr is not None:
+            store_rows(wrong_ptr, wrong, first, head, HEADS, V, rows, values, valid)
+        if o_ptr is not None:
+            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+            reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+            o = tl.dot(q, rounded, input_precision=PRECISION)
+            if DECAY != NO_DECAY:
+                o *= from_start
+            o = tl.dot(reads, written.to(dtype), acc=o, input_precision=PRECISION)
+            store_rows(o_ptr, scale * o, first, head, HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            state *= tl.exp(total.to(tl.float32))
+            written *= to_end
+        state = tl.dot(tl.trans(k), written.to(dtype), acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, state, mask=in_state)
+
+
+@triton.jit
+def values_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    erasure_ptr,
+    reads_ptr,
+    dv_ptr,
+    dbeta_ptr,
+    initial_ptr,
+    final_ptr,
+    states_ptr,
+    first_piece_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone. `states`: of
+    the gradient after each PIECE tokens, without the scale.
+
+    The walk is linear in `do` and its start, so `scale` stands outside it.
+    """
+    NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
+    else:
+        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        later_erasure = load_columns(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
+        rounded = state.to(dtype)
+        if states_ptr is not None:
+            end = (chunk + 1) * CHUNK
+            if (end % PIECE == 0) | (end >= size):
+                place = tl.load(first_piece_ptr + piece) + chunk * CHUNK // PIECE
+                tl.store(
+                    states_ptr + state_offsets(place, head, HEADS, keys, values, K, V, False), rounded, mask=in_state
+                )
+        d_write = tl.dot(k, rounded, input_precision=PRECISION)
+        read = do
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            d_write *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            state *= tl.exp(total.to(tl.float32))
+            read = (do.to(tl.float32) * from_start).to(dtype)
+        d_write = tl.dot(later_reads, do, acc=d_write, input_precision=PRECISION)
+        d_write = tl.dot(later_erasure, (-beta * d_write).to(dtype), acc=d_write, input_precision=PRECISION)
+        dv = beta * d_write
+        if dv_ptr is not None:
+            wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
+            at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
+            tl.store(dbeta_ptr + at, scale * tl.sum(d_write * wrong, 1), mask=valid)
+            store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            dv *= from_start
+        state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, scale * state, mask=in_state)
+
+
+@triton.jit
+def pairs_kernel(
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    reads_ptr,
+    erases_ptr,
+    own_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % HEADS
+    start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
+    if size == 0:
+        return
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    valid = rows < size
+    at = head.to(tl.int64) * num_tokens + start + rows
+    wrong = load_rows(wrong_ptr, start, head, HEADS, V, rows, values, valid)
+    do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
+    dv = load_rows(dv_ptr, start, head, HEADS, V, rows, values, valid)
+    beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+    earlier = rows[:, None] > rows[None, :]
+    # What is written is u = b r.
+    weights = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
+    if DECAY != NO_DECAY:
+        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY)
+        weights *= pair_decays(summed[:, None], summed[None, :], earlier)
+    reads = scale * tl.dot(do, tl.trans(wrong), input_precision=PRECISION)
+    # A token's own pair crosses nothing: it stands apart from the sums that the decay's gradient is made of.
+    own = beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
+    tl.store(own_ptr + at, own, mask=valid)
+    store_rows(reads_ptr, tl.where(earlier, weights * reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+    erases = tl.dot(dv, tl.trans(wrong), input_precision=PRECISION)
+    store_rows(erases_ptr, tl.where(earlier, -weights * erases, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+
+
+@triton.jit
+def queries_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    reads_ptr,
+    erases_ptr,
+    own_ptr,
+    dq_ptr,
+    dk_ptr,
+    overlap_ptr,
+    initial_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    if initial_ptr is not None:
+        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+    else:
+        state = tl.zeros((V_BLOCK, TILE), tl.float32)
+    for chunk in range(tl.cdiv(size, CHUNK)):
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        at = head.to(tl.int64) * num_tokens + first + rows
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
+        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
+        reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        erases = load_rows(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        # u = b r is never made: b goes into what u is multiplied with, so that r goes from memory into the products as it is.
+        written = tl.load(beta_ptr + at, mask=valid, other=0.0)
+        rounded = state.to(dtype)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            written *= tl.exp((total - summed).to(tl.float32))
+            state *= tl.exp(total.to(tl.float32))
+        dk = -tl.dot(dv, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dk *= from_start
+        dk = tl.dot(erases, k, acc=dk, input_precision=PRECISION)
+        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
+        dq = scale * tl.dot(do, rounded, input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dq *= from_start
+        if overlap_ptr is not None:
+            overlap = tl.sum(k.to(tl.float32) * dk, 1)
+        dq = tl.dot(reads, k, acc=dq, input_precision=PRECISION)
+        if overlap_ptr is not None:
+            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+            overlap += tl.sum(q.to(tl.float32) * dq, 1)
+            tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
+        own = tl.load(own_ptr + at, mask=valid, other=0.0)
+        dq += own[:, None] * k.to(tl.float32)
+        store_rows(dq_ptr, dq, first, head, HEADS, K, rows, keys, valid)
+        keep = (written[:, None] * k.to(tl.float32)).to(dtype)
+        state = tl.dot(tl.trans(wrong), keep, acc=state, input_precision=PRECISION)
+
+
+@triton.jit
+def keys_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    reads_ptr,
+    erases_ptr,
+    own_ptr,
+    dk_ptr,
+    overlap_ptr,
+    initial_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the write's part to the erase's part that `dk` already holds."""
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
+    program = tl.program_id(0)
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
+    dtype = k_ptr.dtype.element_ty
+    if initial_ptr is not None:
+        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+    else:
+        state = tl.zeros((V_BLOCK, TILE), tl.float32)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        at = head.to(tl.int64) * num_tokens + first + rows
+        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
+        later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        later_erases = load_columns(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        written = tl.load(beta_ptr + at, mask=valid, other=0.0)
+        asked = scale * q.to(tl.float32)
+        erased = -k.to(tl.float32)
+        rounded = state.to(dtype)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
+            )
+            from_start = tl.exp(summed.to(tl.float32))[:, None]
+            written *= tl.exp((total - summed).to(tl.float32))
+            state *= tl.exp(total.to(tl.float32))
+            asked *= from_start
+            erased *= from_start
+        dk = written[:, None] * tl.dot(wrong, rounded, input_precision=PRECISION)
+        dk = tl.dot(later_reads, q, acc=dk, input_precision=PRECISION)
+        dk = tl.dot(later_erases, k, acc=dk, input_precision=PRECISION)
+        if overlap_ptr is not None:
+            overlap = tl.sum(k.to(tl.float32) * dk, 1)
+            tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
+        own = tl.load(own_ptr + at, mask=valid, other=0.0)
+        dk += own[:, None] * q.to(tl.float32)
+        dk += load_rows(dk_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
+        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
+        state = tl.dot(tl.trans(do), asked.to(dtype), acc=state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(dv), erased.to(dtype), acc=state, input_precision=PRECISION)

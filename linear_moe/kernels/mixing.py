@@ -1,0 +1,175 @@
+"""A mixture's steps beside the scan as torch library operators: the plan of its slots, and what a token reads from them.
+
+An operator takes and returns tensors and numbers. What is not made is an empty tensor there, None outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.kernels import combine, slot_plan
+from linear_moe.kernels.operator import operator
+from linear_moe.kernels.slot_plan import SlotPlan
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@operator("slot_plan")
+def _plan(
+    memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(memory):
+        return tuple(slot_plan.sort(memory, sequence, num_states, num_sequences))  # type: ignore[return-value]
+
+
+@torch.library.register_fake("linear_moe::slot_plan")
+def _(memory, sequence, num_states, num_sequences):
+    slots = memory.numel()
+    return tuple(memory.new_empty(size) for size in (slots, slots, num_states * num_sequences + 1, num_states))
+
+
+def plan_slots(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) -> SlotPlan:
+    """Sort slots stably by (memory, sequence), and count them by memory. Nothing waits for the device.
+
+    Slot s * F + f is token s's use of `memory[s, f]`. The sequences of the tokens that are no pads must not decrease, as those
+    of rows and of packed documents never do: the plan is then that of a stable sort of `memory * num_sequences + sequence`
+    with pads behind everything. That, and whether the memories are below `num_states`, is not looked at.
+
+    Args:
+        memory: `[S, F]` int64, from 0 to `num_states - 1`; of a pad, anything.
+        sequence: `[S]` int64, from 0 to `num_sequences - 1`, or `num_sequences` for a pad. Pads may stand anywhere.
+        num_states: memories.
+        num_sequences: sequences. With B of them segment n = m * B + b.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if memory.dim() != 2 or memory.shape[1] < 1:
+        raise ValueError(f"memory must be [S, F] with F at least 1, got shape {list(memory.shape)}")
+    if memory.numel() > slot_plan.MOST_SLOTS:
+        raise ValueError(f"memory must have at most {slot_plan.MOST_SLOTS} slots, got {memory.numel()}")
+    _check("sequence", sequence, (memory.shape[0],), "[S]", (torch.int64,), memory.device)
+    _check("memory", memory, tuple(memory.shape), "[S, F]", (torch.int64,), memory.device)
+    for name, value, least in (("num_states", num_states, 1), ("num_sequences", num_sequences, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    return SlotPlan(*_plan(memory.contiguous(), sequence.contiguous(), num_states, num_sequences))
+
+
+@operator("combine")
+def _combine(
+    reads: Tensor, place: Tensor, weights: Tensor | None, gate: Tensor, norm_weight: Tensor, valid: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    with torch.cuda.device_of(gate):
+        return combine.forward(reads, place, weights, gate, norm_weight, valid, eps)
+
+
+@torch.library.register_fake("linear_moe::combine")
+def _(reads, place, weights, gate, norm_weight, valid, eps):
+    return gate.new_empty(gate.shape)
+
+
+@operator("combine_backward")
+def _combine_backward(
+    d_output: Tensor, reads: Tensor, place: Tensor, weights: Tensor | None, gate: Tensor, norm_weight: Tensor,
+    valid: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.cuda.device_of(gate):
+        made = combine.backward(d_output, reads, place, weights, gate, norm_weight, valid, eps)
+    none = gate.new_empty(0, dtype=torch.float32)
+    return made.reads, none if made.weights is None else made.weights, made.gate, made.norm_weight
+
+
+@torch.library.register_fake("linear_moe::combine_backward")
+def _(d_output, reads, place, weights, gate, norm_weight, valid, eps):
+    none = gate.new_empty(0, dtype=torch.float32)
+    made = (reads, none if weights is None else weights, gate, norm_weight)
+    return tuple(x.new_empty(x.shape) for x in made)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    reads, place, weights, gate, norm_weight, valid = ctx.saved_tensors
+    d_reads, d_weights, d_gate, d_norm_weight = _combine_backward(
+        d_output.contiguous(), reads, place, weights, gate, norm_weight, valid, ctx.eps
+    )
+    return d_reads, None, None if weights is None else d_weights, d_gate, d_norm_weight, None, None
+
+
+torch.library.register_autograd("linear_moe::combine", _gradients, setup_context=_keep)
+
+
+def combine_reads(
+    reads: Tensor,
+    place: Tensor,
+    weights: Tensor | None,
+    gate: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """y[s] = norm(sum_f weights[s, f] * reads[place[s * F + f]]) * silu(gate[s]), the norm over each head's channels.
+
+    Args:
+        reads: `[R, H, V]` float32, bfloat16 or float16 in the order of a plan, V up to 256.
+        place: `[R]` int64: where each slot's read lies; R = S * F, each place once.
+        weights: `[S, F]` float32, or None for 1.
+        gate: `[S, H * V]` float32, bfloat16 or float16.
+        norm_weight: `[V]` float32, bfloat16 or float16.
+        eps: added to the mean square.
+        valid: `[S]` bool, or None for all: a pad reads 0, whatever stands at its places, and gives no gradient.
+
+    Returns:
+        `[S, H * V]` in the dtype of the gate, made in float32. Differentiable in the reads, the weights, the gate and the
+        norm's weight; the same input gives the same bits.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if reads.dim() != 3 or not 1 <= reads.shape[2] <= combine.LARGEST_VALUE_DIM or reads.shape[1] < 1:
+        raise ValueError(
+            f"reads must be [R, H, V] with V from 1 to {combine.LARGEST_VALUE_DIM}, got shape {list(reads.shape)}"
+        )
+    slots, heads, value_dim = reads.shape
+    tokens = gate.shape[0] if gate.dim() else 0
+    fan_out = slots // max(tokens, 1)
+    if slots != tokens * fan_out or bool(slots) != bool(tokens):
+        raise ValueError(f"reads must have a row for each of F slots of the gate's {tokens} tokens, got {slots}")
+    for name, tensor, shape, meaning, dtypes in (
+        ("reads", reads, (slots, heads, value_dim), "[R, H, V]", _FLOATS),
+        ("place", place, (slots,), "[R]", (torch.int64,)),
+        ("weights", weights, (tokens, fan_out) if tokens else None, "[S, F]", (torch.float32,)),
+        ("gate", gate, (tokens, heads * value_dim), "[S, H * V]", _FLOATS),
+        ("norm_weight", norm_weight, (value_dim,), "[V]", _FLOATS),
+        ("valid", valid, (tokens,), "[S]", (torch.bool,)),
+    ):
+        if tensor is not None:
+            _check(name, tensor, shape, meaning, dtypes, reads.device)
+    tensors = (reads, place, weights, gate, norm_weight, valid)
+    output: Tensor = _combine(*(None if x is None else x.contiguous() for x in tensors), eps)
+    return output
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | None,
+    meaning: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {meaning} = {list(shape)}, got shape {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be of dtype {allowed}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device {device}, got {tensor.device}")

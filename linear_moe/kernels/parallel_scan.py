@@ -1,0 +1,375 @@
+"""The scalar scan in two steps, where a head's state is too large for a walk that also reads it: K or V above 128.
+
+`linear_moe.kernels.scalar_scan` reads a chunk from the state in registers, then writes the chunk to it: one after the other,
+with one program a multiprocessor at K = V = 256, and the products of queries and keys again for every tile of values. Here
+
+    _states      walks a segment and only writes: a tile `[keys, values]` of the state in registers, stored before each piece
+    read_pieces  reads, all pieces and rows in parallel (`linear_moe.kernels.piece_reads`)
+
+With (a, b, c) = (q, k, v) the reads are the output; with (dO, v, k) and the states transposed, dq. Backwards in time, from the
+states after each piece, (v, dO, q) gives dk and (k, q, dO) dv.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.forms import Decay
+from linear_moe.kernels import piece_reads
+from linear_moe.kernels.blocks import (
+    DECAY_KINDS,
+    HEAD_DECAY,
+    NO_DECAY,
+    cdiv,
+    chunk_sums,
+    load_rows,
+    num_processors,
+    piece_of,
+    precision_of,
+    state_offsets,
+    summed_decays,
+    tile_of,
+    zero_uncovered,
+)
+from linear_moe.kernels.decay_gradient import decay_gradient
+from linear_moe.kernels.join import join
+from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.piece_reads import Pieces, read_pieces
+from linear_moe.kernels.results import Backward, Forward
+from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
+
+
+class Launch(NamedTuple):
+    """Launch parameters of the first step."""
+
+    chunk: int
+    """Tokens that are written at a time."""
+    tile: int
+    """Keys, and values, of a program."""
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(dtype: torch.dtype) -> Launch:
+    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H4 K = V = 256).
+
+    0.084; tile 64 with 4 warps 0.083, 2 stages 0.116, chunk 128 0.092.
+    """
+    if dtype == torch.float32:
+        # Exact products take no tensor cores, and the tiles twice the memory.
+        return Launch(chunk=32, tile=32, num_warps=4, num_stages=1)
+    return Launch(chunk=64, tile=128, num_warps=8, num_stages=3)
+
+
+@triton.jit
+def _sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.constexpr):
+    """The sum of a piece's log decays before its `row`."""
+    if DECAY == HEAD_DECAY:
+        return rate * row
+    at = decay_ptr + head.to(tl.int64) * num_tokens + piece_start
+    return tl.load(at + (row - 1), mask=row > 0, other=0.0)
+
+
+@triton.jit
+def _states_kernel(
+    k_ptr,
+    v_ptr,
+    decay_ptr,
+    states_ptr,
+    initial_ptr,
+    final_ptr,
+    total_ptr,
+    first_piece_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PIECE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_TILE: tl.constexpr,
+    V_TILE: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A null pointer leaves its part out. `borders` are those of the walks, `first_piece` the piece each begins with."""
+    K_TILES: tl.constexpr = (K + K_TILE - 1) // K_TILE
+    V_TILES: tl.constexpr = (V + V_TILE - 1) // V_TILE
+    program = tl.program_id(0)
+    tile = program % (K_TILES * V_TILES)
+    head = (program // (K_TILES * V_TILES)) % HEADS
+    walk = (program // (K_TILES * V_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, walk)
+    k_head = head // (HEADS // K_HEADS)
+    v_head = head // (HEADS // V_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = (tile // V_TILES) * K_TILE + tl.arange(0, K_TILE)
+    values = (tile % V_TILES) * V_TILE + tl.arange(0, V_TILE)
+    dtype = k_ptr.dtype.element_ty
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    state_at = state_offsets(walk, head, HEADS, keys, values, K, V, False)
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
+    else:
+        state = tl.zeros((K_TILE, V_TILE), tl.float32)
+    rate = 0.0
+    if DECAY == HEAD_DECAY:
+        rate = tl.load(decay_ptr + head)
+        if PRECISION == "ieee":
+            rate = rate.to(tl.float64)
+    if total_ptr is not None:
+        all_decay = 0.0
+    if states_ptr is not None:
+        first_piece = tl.load(first_piece_ptr + walk)
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step if REVERSE else step
+        in_piece = chunk * CHUNK % PIECE
+        if states_ptr is not None:
+            last = (chunk + 1) * CHUNK
+            if (last % PIECE == 0) | (last >= size) if REVERSE else in_piece == 0:
+                piece = first_piece + chunk * CHUNK // PIECE
+                at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+                tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty), mask=in_state)
+        first = start + chunk * CHUNK
+        valid = rows < size - chunk * CHUNK
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        v = load_rows(v_ptr, first, v_head, V_HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            piece_start = first - in_piece
+            piece_size = tl.minimum(size - (chunk * CHUNK - in_piece), PIECE)
+            num_rows = tl.minimum(size - chunk * CHUNK, CHUNK)
+            before = _sum_before(decay_ptr, rate, head, piece_start, in_piece, num_tokens, DECAY)
+            after = _sum_before(decay_ptr, rate, head, piece_start, in_piece + num_rows, num_tokens, DECAY)
+            summed, _ = summed_decays(
+                decay_ptr, rate, head, piece_start, in_piece + rows, piece_size, num_tokens, DECAY
+            )
+            fades = summed - before if REVERSE else after - summed
+            weights = tl.exp(tl.minimum(fades, 0.0).to(tl.float32))
+            v = (v.to(tl.float32) * weights[:, None]).to(dtype)
+            total = (after - before).to(tl.float32)
+            state *= tl.exp(total)
+            if total_ptr is not None:
+                all_decay += total
+        state = tl.dot(tl.trans(k), v, acc=state, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, state, mask=in_state)
+    if total_ptr is not None:
+        if tile == 0:
+            tl.store(total_ptr + walk * HEADS + head, all_decay)
+
+
+class _Plan(NamedTuple):
+    """What all launches of one call have in common."""
+
+    pieces: Pieces
+    """A walk is a multiple of a piece: pieces of segments are pieces of walks."""
+    walks: Splits
+    """Of the first step: segments, or what long ones are cut into."""
+    first_pieces: Tensor
+    """`[W]` the piece that each walk begins with."""
+
+
+def walk_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
+    """Tokens of a walk of the first step where long segments are split, from sizes alone."""
+    launch = choose_launch(k.dtype)
+    tiles = 1
+    for size in (k.shape[2], v.shape[2]):
+        tiles *= cdiv(size, tile_of(size, launch.tile, k.dtype))
+    return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), piece_length(k))
+
+
+def most_pieces(k: Tensor, num_tokens: int, ragged: Ragged) -> int:
+    """P"""
+    return ragged.num_pieces(num_tokens, piece_length(k))
+
+
+def piece_length(k: Tensor) -> int:
+    """Tokens between two stored states."""
+    return piece_reads.choose_launch(k.dtype).piece
+
+
+def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> _Plan:
+    num_tokens = v.shape[0]
+    piece = piece_length(k)
+    pieces = ragged.pieces(num_tokens, piece)
+    if decay is Decay.SCALAR:
+        assert log_decay is not None
+        log_decay = chunk_sums(log_decay, pieces.borders, piece, exact=k.dtype == torch.float32)
+    walks = ragged.pieces(num_tokens, walk_length(k, v, ragged))
+    first = walks.first_pieces(pieces, ragged, piece)
+    return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1]), walks, first)
+
+
+def _run_states(
+    plan: _Plan,
+    k: Tensor,
+    v: Tensor,
+    *,
+    starts: Tensor | None,
+    states: Tensor | None = None,
+    final: Tensor | None = None,
+    totals: Tensor | None = None,
+    reverse: bool = False,
+    borders: Tensor | None = None,
+) -> None:
+    launch = choose_launch(k.dtype)
+    key_dim, value_dim = k.shape[2], v.shape[2]
+    k_tile, v_tile = (tile_of(size, launch.tile, k.dtype) for size in (key_dim, value_dim))
+    borders = plan.walks.borders if borders is None else borders
+    launch_kernel(
+        _states_kernel,
+        plan.walks.num_pieces * plan.pieces.heads * cdiv(key_dim, k_tile) * cdiv(value_dim, v_tile),
+        k,
+        v,
+        plan.pieces.decays,
+        states,
+        starts,
+        final,
+        totals,
+        plan.first_pieces,
+        borders,
+        borders.stride(0),
+        v.shape[0],
+        HEADS=plan.pieces.heads,
+        K_HEADS=k.shape[1],
+        V_HEADS=v.shape[1],
+        K=key_dim,
+        V=value_dim,
+        PIECE=piece_length(k),
+        CHUNK=launch.chunk,
+        K_TILE=k_tile,
+        V_TILE=v_tile,
+        DECAY=plan.pieces.kind,
+        REVERSE=reverse,
+        PRECISION=precision_of(k.dtype),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _states(
+    plan: _Plan,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    *,
+    final: bool,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The state before each piece `[P, H, K, V]` in the dtype of k (in reverse: after it); each segment's last, if wanted."""
+    shape, walks = (plan.pieces.heads, k.shape[2], v.shape[2]), plan.walks
+    starts = initial_state
+    if walks.cut:
+        increments = torch.empty(walks.num_pieces, *shape, device=k.device)
+        totals = torch.zeros(walks.num_pieces, plan.pieces.heads, device=k.device)
+        _run_states(
+            plan, k, v, starts=None, final=increments, totals=totals, reverse=reverse,
+            borders=walks.trailing if reverse else walks.leading,
+        )  # fmt: skip
+        starts, _ = join(increments, totals, initial_state, walks, reverse=reverse)
+    states = torch.empty(plan.pieces.splits.num_pieces, *shape, dtype=k.dtype, device=k.device)
+    ends = torch.empty(walks.num_pieces, *shape, device=k.device) if final else None
+    _run_states(plan, k, v, starts=starts, states=states, final=ends, reverse=reverse)
+    return states, None if ends is None else walks.ends(ends, reverse=reverse)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    ragged: Ragged,
+    *,
+    decay: Decay,
+    scale: float,
+    want_final: bool,
+) -> Forward:
+    """As `linear_moe.kernels.scalar_scan.forward`; `starts` are the states before each piece."""
+    plan = _plan(k, v, log_decay, decay, ragged)
+    states, final = _states(plan, k, v, initial_state, final=want_final)
+    output = torch.empty_like(v)
+    read_pieces(plan.pieces, q, k, v, states, output, factor=scale)
+    if not ragged.dense:
+        zero_uncovered(output, ragged.cu_seqlens)
+    return Forward(output, final, states)
+
+
+def backward(
+    d_output: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    starts: Tensor,
+    ragged: Ragged,
+    *,
+    decay: Decay,
+    scale: float,
+    want_decay: bool,
+) -> Backward:
+    """As `linear_moe.kernels.scalar_scan.backward`."""
+    plan = _plan(k, v, log_decay, decay, ragged)
+    # What the queries ask is written to the states' gradients without the scale, or float16 might not hold it.
+    unscaled = None if d_final is None else d_final / scale
+    ends, d_initial = _states(plan, q, d_output, unscaled, final=initial_state is not None, reverse=True)
+    # A key head's gradient is the sum over the value heads that share it, in float32.
+    shared = q.shape[1] != v.shape[1]
+    wide = (v.shape[0], v.shape[1], q.shape[2])
+    dq, dk = (torch.empty(wide, dtype=torch.float32 if shared else q.dtype, device=q.device) for _ in range(2))
+    dv = torch.empty_like(v)
+    read = written = None
+    if want_decay:
+        read, written = torch.empty(2, 1, v.shape[1], v.shape[0], dtype=torch.float32, device=v.device)
+    read_pieces(
+        plan.pieces,
+        d_output,
+        v,
+        k,
+        starts,
+        dq,
+        factor=scale,
+        transposed_state=True,
+        other=q if want_decay else None,
+        overlap=read,
+    )
+    read_pieces(plan.pieces, v, d_output, q, ends, dk, factor=scale, reverse=True, transposed_state=True)
+    read_pieces(
+        plan.pieces,
+        k,
+        q,
+        d_output,
+        ends,
+        dv,
+        factor=scale,
+        reverse=True,
+        other=v if want_decay else None,
+        overlap=written,
+    )
+    if not ragged.dense:
+        for gradient in (dq, dk, dv):
+            zero_uncovered(gradient, ragged.cu_seqlens)
+    if d_initial is not None:
+        d_initial = scale * d_initial
+    d_decay = None
+    if read is not None and written is not None:
+        at_start = None
+        if initial_state is not None:
+            assert d_initial is not None
+            at_start = torch.linalg.vecdot(initial_state.flatten(2), d_initial.flatten(2))
+        d_decay = decay_gradient(read, written, at_start, whole(ragged.cu_seqlens).borders).t().contiguous()
+    if shared:
+        dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) for x in (dq, dk))
+    return Backward(dq, dk, dv, d_decay, d_initial)

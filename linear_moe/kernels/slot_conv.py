@@ -1,0 +1,552 @@
+"""The short causal depthwise convolution along each ragged segment, its activation and an l2 norm of each head, in one pass.
+
+    z_r = bias + sum_w weight[:, w] x_{r - W + 1 + w};  y = z or SiLU(z);  output = y or y / sqrt(sum over a head y^2 + eps)
+
+x is read through an index where slots share a token's row. A program walks down a run of slots with a tile of channels and
+keeps the last W - 1 inputs in registers: each is loaded and widened once, where W loads of shifted tiles would be most of the
+work. Where a segment begins, and where the run does, the inputs before are loaded anew, from the carried state too.
+
+Backward z is made again on the same walk. dz_r goes into the sums of dx_{r - W + 1} to dx_r, of which the first is then
+complete and is stored; the walk goes on for W - 1 slots past its run. The weight's gradient is summed along every run and then
+over the runs: the same additions in the same order every time.
+
+The taps of a walk are tuples. Triton joins tuples by + alone, and their types are nothing that a checker follows.
+"""
+
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc, var-annotated"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.kernels.blocks import block_of, cdiv
+
+NORM_EPS = tl.constexpr(1e-6)
+"""Inside the square root; the rules' l2 norm has the same."""
+NEVER = tl.constexpr(1 << 62)
+LARGEST_WIDTH = 8
+LARGEST_HEAD = 256
+
+
+class Launch(NamedTuple):
+    """Launch parameters of a walk."""
+
+    channels: int
+    """Of a tile that no norm makes as wide as a head."""
+    length: int
+    """Slots of a run."""
+    ahead: int
+    """Rows that are loaded before they are needed."""
+    channels_per_warp: int
+    """At W <= 4. More taps take the registers of half of them."""
+
+    def num_warps(self, block: int, width: int) -> int:
+        """Of a tile of `block` channels."""
+        return max(1, block // (self.channels_per_warp if width <= 4 else self.channels_per_warp // 2))
+
+
+class Copy(NamedTuple):
+    """Launch parameters without a walk."""
+
+    numbers: int
+    """Of a tile, rows times channels."""
+    channels: int
+    num_warps: int
+
+
+# Nothing here is measured on a GPU yet. Derived: a thread has 8 channels, so that a row is a load of 16 bytes in bfloat16 and a
+# norm of a head asks no other warp. Compiled for Hopper (triton 3.6 and 3.9) nothing spills; a row takes about 260 instructions
+# of a warp forward with 80 to 94 registers a thread, and 420 backward with 220 at most. By that 20 and 9 warps fit a
+# multiprocessor: with 2 rows ahead 20 and 18 KiB of it are on their way, where 16 suffice for 3 TB/s at 700 ns. Longer runs
+# load fewer weights and write fewer sums, but 98,304 slots of 1024 channels are then fewer programs than fit.
+FORWARD = Launch(channels=256, length=64, ahead=2, channels_per_warp=256)
+BACKWARD = Launch(channels=256, length=256, ahead=2, channels_per_warp=256)
+INTERPRETED_WALKS = 64
+COPY = Copy(numbers=2048, channels=256, num_warps=4)
+"""Of what takes every row by itself."""
+
+
+def walks_of(launch: Launch, num_slots: int, device: torch.device) -> tuple[int, int]:
+    """Runs that a program walks at once, and their length."""
+    if device.type == "cuda":
+        # One: its borders are then borders for every thread.
+        return 1, launch.length
+    # The interpreter takes as long for a row of many runs as for one.
+    return INTERPRETED_WALKS, cdiv(num_slots, INTERPRETED_WALKS)
+
+
+@triton.jit
+def _channels_of(program, CHANNELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile's channels, which of them there are, and the program's number among those of its tile (int64)."""
+    NUM_TILES: tl.constexpr = (CHANNELS + TILE - 1) // TILE
+    column = tl.arange(0, BLOCK)
+    channels = (program % NUM_TILES) * TILE + column
+    return channels, (column < TILE) & (channels < CHANNELS), (program // NUM_TILES).to(tl.int64)
+
+
+@triton.jit
+def _segment_of(segment_ptr, cu_seqlens_ptr, num_segments, rows, exists):
+    """The segment of each row (int64), where it begins and ends. Rows past the last border are one that never ends."""
+    segment = tl.load(segment_ptr + rows, mask=exists, other=num_segments).to(tl.int64)
+    begin = tl.load(cu_seqlens_ptr + segment)
+    end = tl.load(cu_seqlens_ptr + segment + 1, mask=segment < num_segments, other=NEVER)
+    return segment, begin, end
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _taps(weight_ptr, channels, in_channels, WIDTH: tl.constexpr):
+    """The weights, a vector of channels for each tap."""
+    taps = ()
+    for tap in tl.static_range(WIDTH):
+        weight = tl.load(weight_ptr + channels * WIDTH + tap, mask=in_channels, other=0.0)
+        taps = taps + (weight.to(tl.float32)[None, :],)
+    return taps
+
+
+@triton.jit
+def _load(x_ptr, x_stride, source_ptr, rows, valid, channels, in_channels):
+    """X of each slot, as it is kept."""
+    if source_ptr is not None:
+        rows = tl.load(source_ptr + rows, mask=valid, other=0)
+    at = rows[:, None] * x_stride + channels[None, :]
+    return tl.load(x_ptr + at, mask=valid[:, None] & in_channels[None, :], other=0.0)
+
+
+@triton.jit
+def _window(x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
+            CHANNELS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """The W - 1 inputs before each row, oldest first; 0 before a segment that carries none."""
+    window = ()
+    inside = segment < num_segments
+    for tap in tl.static_range(WIDTH - 1):
+        earlier = rows - (WIDTH - 1 - tap)
+        own = inside & (earlier >= begin)
+        x = _load(x_ptr, x_stride, source_ptr, earlier, own, channels, in_channels).to(tl.float32)
+        if state_ptr is not None:
+            at = ((segment + 1) * WIDTH + earlier - begin)[:, None] * CHANNELS + channels[None, :]
+            mask = (inside & (earlier < begin))[:, None] & in_channels[None, :]
+            # Rounded as the inputs are.
+            x += tl.load(state_ptr + at, mask=mask, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
+        window = window + (x,)
+    return window
+
+
+@triton.jit
+def _convolved(window, x, taps, bias, WIDTH: tl.constexpr):
+    """Z of each row."""
+    z = bias + x * taps[WIDTH - 1]
+    for tap in tl.static_range(WIDTH - 1):
+        z += window[tap] * taps[tap]
+    return z
+
+
+@triton.jit
+def _bias(bias_ptr, channels, in_channels):
+    if bias_ptr is None:
+        bias = tl.zeros((channels.shape[0],), tl.float32)
+    else:
+        bias = tl.load(bias_ptr + channels, mask=in_channels, other=0.0).to(tl.float32)
+    return bias[None, :]
+
+
+@triton.jit
+def _sigmoid(z):
+    """The exponent is kept where it can't overflow; what that changes is nothing in float32."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-z, 80.0)))
+
+
+@triton.jit
+def _over_heads(x, HEAD: tl.constexpr):
+    """The sum over each head's channels, at each of them."""
+    by_head = tl.reshape(x, (x.shape[0] * x.shape[1] // HEAD, HEAD))
+    total = tl.sum(by_head, 1)[:, None] + tl.zeros(by_head.shape, tl.float32)
+    return tl.reshape(total, x.shape)
+
+
+@triton.jit
+def _gradient(d, z, SILU: tl.constexpr, HEAD: tl.constexpr):
+    """The loss's gradient by z, from that by the output. 0 where that is 0 along a head."""
+    y = z
+    slope = 1.0
+    if SILU:
+        sigmoid = _sigmoid(z)
+        y = z * sigmoid
+        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
+    if HEAD > 0:
+        shrink = tl.rsqrt(_over_heads(y * y, HEAD) + NORM_EPS)
+        d = shrink * (d - y * (_over_heads(d * y, HEAD) * shrink * shrink))
+    return d * slope
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    source_ptr,
+    state_ptr,
+    weight_ptr,
+    bias_ptr,
+    segment_ptr,
+    cu_seqlens_ptr,
+    output_ptr,
+    x_stride,
+    num_slots,
+    num_segments,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WALKS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, TILE, BLOCK)
+    taps = _taps(weight_ptr, channels, in_channels, WIDTH)
+    bias = _bias(bias_ptr, channels, in_channels)
+    rows = (run * WALKS + tl.arange(0, WALKS)) * LENGTH
+    border = tl.load(cu_seqlens_ptr + num_segments)
+    # Nothing is known yet: the first step looks for its segment as one at a border does.
+    segment, begin, end = rows, rows, rows
+    window = _zeros(WIDTH - 1, WALKS, BLOCK)
+    ahead = ()
+    for step in tl.static_range(AHEAD):
+        coming = rows + step
+        ahead = ahead + (_load(x_ptr, x_stride, source_ptr, coming, coming < border, channels, in_channels),)
+    for _ in range(LENGTH):
+        x = ahead[0].to(tl.float32)
+        coming = rows + AHEAD
+        ahead = ahead[1:] + (_load(x_ptr, x_stride, source_ptr, coming, coming < border, channels, in_channels),)
+        exists = rows < num_slots
+        if tl.max((rows >= end).to(tl.int32), 0) > 0:
+            segment, begin, end = _segment_of(segment_ptr, cu_seqlens_ptr, num_segments, rows, exists)
+            window = _window(
+                x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
+                CHANNELS, WIDTH,
+            )  # fmt: skip
+        y = _convolved(window, x, taps, bias, WIDTH)
+        if SILU:
+            y *= _sigmoid(y)
+        if HEAD > 0:
+            y *= tl.rsqrt(_over_heads(y * y, HEAD) + NORM_EPS)
+        if bias_ptr is not None:
+            y = tl.where((rows < border)[:, None], y, 0.0)
+        at = output_ptr + rows[:, None] * CHANNELS + channels[None, :]
+        tl.store(at, y.to(output_ptr.dtype.element_ty), mask=exists[:, None] & in_channels[None, :])
+        if WIDTH > 1:
+            window = window[1:] + (x,)
+        rows += 1
+
+
+@triton.jit
+def _store_gradient(d_x_ptr, d_x_stride, d_carried_ptr, d_x, rows, stored, segment, end, num_segments, channels, in_channels,
+                    CHANNELS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Dx of rows that have it all but what comes through the new state."""
+    if d_carried_ptr is not None:
+        kept = stored & (segment < num_segments) & (rows >= end - WIDTH)
+        at = ((segment + 1) * WIDTH + rows - end)[:, None] * CHANNELS + channels[None, :]
+        d_x += tl.load(d_carried_ptr + at, mask=kept[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+    at = d_x_ptr + rows[:, None] * d_x_stride + channels[None, :]
+    tl.store(at, d_x.to(d_x_ptr.dtype.element_ty), mask=stored[:, None] & in_channels[None, :])
+
+
+@triton.jit
+def _backward_kernel(
+    d_output_ptr,
+    d_carried_ptr,
+    x_ptr,
+    source_ptr,
+    state_ptr,
+    weight_ptr,
+    bias_ptr,
+    segment_ptr,
+    cu_seqlens_ptr,
+    d_x_ptr,
+    sums_ptr,
+    x_stride,
+    d_x_stride,
+    num_slots,
+    num_segments,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WALKS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SILU: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    LATE: tl.constexpr = WIDTH - 1
+    NUM_SUMS: tl.constexpr = WIDTH if bias_ptr is None else WIDTH + 1
+    channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, TILE, BLOCK)
+    taps = _taps(weight_ptr, channels, in_channels, WIDTH)
+    bias = _bias(bias_ptr, channels, in_channels)
+    runs = run * WALKS + tl.arange(0, WALKS)
+    first = runs * LENGTH
+    past = tl.minimum(first + LENGTH, num_slots)
+    border = tl.load(cu_seqlens_ptr + num_segments)
+    rows = first
+    segment, begin, end = rows, rows, rows
+    # Of the W - 1 rows before this one, oldest first: the inputs, and their gradients so far.
+    window = _zeros(LATE, WALKS, BLOCK)
+    d_window = _zeros(LATE, WALKS, BLOCK)
+    sums = _zeros(NUM_SUMS, WALKS, BLOCK)
+    ahead, d_ahead = (), ()
+    for step in tl.static_range(AHEAD):
+        coming = rows + step
+        valid = coming < border
+        ahead = ahead + (_load(x_ptr, x_stride, source_ptr, coming, valid, channels, in_channels),)
+        d_ahead = d_ahead + (_load(d_output_ptr, CHANNELS, None, coming, valid, channels, in_channels),)
+    for step in range(LENGTH + LATE):
+        x, d = ahead[0].to(tl.float32), d_ahead[0].to(tl.float32)
+        coming = rows + AHEAD
+        valid = coming < border
+        ahead = ahead[1:] + (_load(x_ptr, x_stride, source_ptr, coming, valid, channels, in_channels),)
+        d_ahead = d_ahead[1:] + (_load(d_output_ptr, CHANNELS, None, coming, valid, channels, in_channels),)
+        over = rows >= end
+        if tl.max(over.to(tl.int32), 0) > 0:
+            if d_x_ptr is not None:
+                # No later row adds to the last ones of the segment before. What is left in the window of theirs is not stored.
+                for tap in tl.static_range(LATE):
+                    earlier = rows - (LATE - tap)
+                    stored = over & (earlier >= tl.maximum(begin, first)) & (earlier < past)
+                    _store_gradient(
+                        d_x_ptr, d_x_stride, d_carried_ptr, d_window[tap], earlier, stored, segment, end, num_segments,
+                        channels, in_channels, CHANNELS, WIDTH,
+                    )  # fmt: skip
+            segment, begin, end = _segment_of(segment_ptr, cu_seqlens_ptr, num_segments, rows, rows < num_slots)
+            window = _window(
+                x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
+                CHANNELS, WIDTH,
+            )  # fmt: skip
+        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, HEAD)
+        if step < LENGTH:
+            added = ()
+            for tap in tl.static_range(LATE):
+                added = added + (sums[tap] + d * window[tap],)
+            added = added + (sums[LATE] + d * x,)
+            if bias_ptr is not None:
+                added = added + (sums[WIDTH] + d,)
+            sums = added
+        if d_x_ptr is not None:
+            d_now = ()
+            for tap in tl.static_range(LATE):
+                d_now = d_now + (d_window[tap] + d * taps[tap],)
+            d_now = d_now + (d * taps[LATE],)
+            earlier = rows - LATE
+            stored = (earlier >= tl.maximum(begin, first)) & (earlier < past)
+            _store_gradient(
+                d_x_ptr, d_x_stride, d_carried_ptr, d_now[0], earlier, stored, segment, end, num_segments, channels,
+                in_channels, CHANNELS, WIDTH,
+            )  # fmt: skip
+            d_window = d_now[1:]
+        if WIDTH > 1:
+            window = window[1:] + (x,)
+        rows += 1
+    exists = (first < num_slots)[:, None] & in_channels[None, :]
+    for tap in tl.static_range(NUM_SUMS):
+        at = sums_ptr + (runs * NUM_SUMS + tap)[:, None] * CHANNELS + channels[None, :]
+        tl.store(at, sums[tap], mask=exists)
+
+
+@triton.jit
+def _sum_slots_kernel(
+    d_slots_ptr, place_ptr, d_x_ptr, num_tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    FAN_OUT: tl.constexpr,
+):  # fmt: skip
+    """The sum over the slots that read a token, in their order."""
+    channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, BLOCK, BLOCK)
+    tokens = run * ROWS + tl.arange(0, ROWS)
+    exists = tokens < num_tokens
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for reader in range(FAN_OUT):
+        slot = tl.load(place_ptr + tokens * FAN_OUT + reader, mask=exists, other=-1)
+        at = d_slots_ptr + slot[:, None] * CHANNELS + channels[None, :]
+        total += tl.load(at, mask=(slot >= 0)[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+    at = d_x_ptr + tokens[:, None] * CHANNELS + channels[None, :]
+    tl.store(at, total.to(d_x_ptr.dtype.element_ty), mask=exists[:, None] & in_channels[None, :])
+
+
+class Conv(NamedTuple):
+    """What a call convolves, and how. All but `x` contiguous; `x` along its channels."""
+
+    x: Tensor
+    """`[S, C]`"""
+    weight: Tensor
+    """`[C, W]`"""
+    bias: Tensor | None
+    """`[C]`"""
+    cu_seqlens: Tensor
+    """`[N + 1]` int64"""
+    segment: Tensor
+    """`[R]` int32 the segment of each slot, N in none."""
+    source: Tensor | None
+    """`[R]` int64 the row of x that a slot reads; None: its own."""
+    state: Tensor | None
+    """`[N, W, C]`"""
+    silu: bool
+    head: int | None
+    """Channels that a norm takes together."""
+
+    @property
+    def num_slots(self) -> int:
+        """R"""
+        return self.segment.numel()
+
+    @property
+    def num_segments(self) -> int:
+        """N"""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def channels(self) -> int:
+        """C"""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """W"""
+        return self.weight.shape[1]
+
+    def tile(self, channels: int) -> tuple[int, int, int]:
+        """Channels of a tile, the power of two that holds them, and how many of that are a head; 0 without a norm."""
+        if self.head is None:
+            tile = min(self.channels, channels)
+            return tile, block_of(tile), 0
+        if self.head & (self.head - 1):
+            return self.head, block_of(self.head), block_of(self.head)
+        tile = min(self.channels, max(self.head, channels))
+        return tile, block_of(tile), self.head
+
+
+def forward(conv: Conv) -> Tensor:
+    """The output `[R, C]` in the dtype of x."""
+    output = conv.x.new_empty(conv.num_slots, conv.channels)
+    tile, block, head = conv.tile(FORWARD.channels)
+    walks, length = walks_of(FORWARD, conv.num_slots, conv.x.device)
+    if conv.num_slots:
+        _forward_kernel[(cdiv(conv.num_slots, walks * length) * cdiv(conv.channels, tile),)](
+            conv.x,
+            conv.source,
+            conv.state,
+            conv.weight,
+            conv.bias,
+            conv.segment,
+            conv.cu_seqlens,
+            output,
+            conv.x.stride(0),
+            conv.num_slots,
+            conv.num_segments,
+            CHANNELS=conv.channels,
+            TILE=tile,
+            BLOCK=block,
+            WALKS=walks,
+            LENGTH=length,
+            AHEAD=FORWARD.ahead,
+            WIDTH=conv.width,
+            SILU=conv.silu,
+            HEAD=head,
+            num_warps=FORWARD.num_warps(block, conv.width),
+        )
+    return output
+
+
+class Gradients(NamedTuple):
+    """Of what a convolution is made of."""
+
+    x: Tensor | None
+    """`[S, C]`"""
+    weight: Tensor
+    bias: Tensor | None
+
+
+def backward(
+    conv: Conv,
+    d_output: Tensor,
+    d_carried: Tensor | None,
+    place: Tensor | None,
+    *,
+    want_x: bool,
+    d_x: Tensor | None = None,
+) -> Gradients:
+    """The gradients.
+
+    `place` `[S, F]` are the slots that read a row of x through `source`, negative where there are fewer. `d_x` `[S, C]`, which
+    may be a range of columns, is written instead of a new tensor; without a source only.
+    """
+    tile, block, head = conv.tile(BACKWARD.channels)
+    walks, length = walks_of(BACKWARD, conv.num_slots, conv.x.device)
+    runs = cdiv(conv.num_slots, length) if conv.num_slots else 0
+    d_slots = conv.x.new_empty(conv.num_slots, conv.channels) if want_x and d_x is None else d_x
+    num_sums = conv.width + (conv.bias is not None)
+    sums = conv.x.new_empty(runs, num_sums, conv.channels, dtype=torch.float32)
+    if runs:
+        _backward_kernel[(cdiv(runs, walks) * cdiv(conv.channels, tile),)](
+            d_output,
+            d_carried,
+            conv.x,
+            conv.source,
+            conv.state,
+            conv.weight,
+            conv.bias,
+            conv.segment,
+            conv.cu_seqlens,
+            d_slots,
+            sums,
+            conv.x.stride(0),
+            0 if d_slots is None else d_slots.stride(0),
+            conv.num_slots,
+            conv.num_segments,
+            CHANNELS=conv.channels,
+            TILE=tile,
+            BLOCK=block,
+            WALKS=walks,
+            LENGTH=length,
+            AHEAD=BACKWARD.ahead,
+            WIDTH=conv.width,
+            SILU=conv.silu,
+            HEAD=head,
+            num_warps=BACKWARD.num_warps(block, conv.width),
+        )
+    summed = sums.sum(0)
+    return Gradients(
+        d_slots if d_slots is None or conv.source is None else _sum_slots(d_slots, place, conv.x.shape[0]),
+        summed[: conv.width].T.contiguous().to(conv.weight.dtype),
+        None if conv.bias is None else summed[conv.width].to(conv.bias.dtype),
+    )
+
+
+def _sum_slots(d_slots: Tensor, place: Tensor | None, num_tokens: int) -> Tensor:
+    assert place is not None
+    channels = d_slots.shape[1]
+    d_x = d_slots.new_empty(num_tokens, channels)
+    block = block_of(channels, COPY.channels)
+    rows = COPY.numbers // block
+    if num_tokens:
+        _sum_slots_kernel[(cdiv(num_tokens, rows) * cdiv(channels, block),)](
+            d_slots,
+            place,
+            d_x,
+            num_tokens,
+            CHANNELS=channels,
+            BLOCK=block,
+            ROWS=rows,
+            FAN_OUT=place.shape[1],
+            num_warps=COPY.num_warps,
+        )
+    return d_x

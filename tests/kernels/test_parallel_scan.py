@@ -1,0 +1,128 @@
+"""Scans that store states and read from them in parallel, at sizes that the interpreter takes: as walks that read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DELTA_FORMS, DTYPES, SCALAR_FORMS, Case, check, check_drawn
+from scan_laws import Law, every_law
+from seeding import Bug, assert_caught, in_the_interpreter
+
+from linear_moe.forms import Decay, Erase, Recurrence
+from linear_moe.kernels import delta_walks, gated_deltanet, parallel_scan, piece_reads
+
+every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str)
+# A form of each way through the kernels: what has no decay takes a part of what has one.
+some_forms = pytest.mark.parametrize("form", [SCALAR_FORMS[-1], DELTA_FORMS[-1]], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size."""
+    monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: True)
+
+
+def test_wide_states_are_stored_and_read_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert piece_reads.takes(256, 64, torch.bfloat16)
+    assert piece_reads.takes(64, 129, torch.float16)
+    assert not piece_reads.takes(128, 128, torch.bfloat16)
+    # Exact products fill no tensor cores: there is nothing to wait for.
+    assert not piece_reads.takes(256, 256, torch.float32)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype) -> None:
+    check_drawn(form, dtype)
+
+
+@some_forms
+@every_law
+def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
+    law(form, dtype, monkeypatch)
+
+
+@every_form
+def test_several_pieces_of_a_segment(form: Recurrence) -> None:
+    """Rows in each block of a piece, and a piece that ends where the segment does."""
+    length = piece_reads.choose_launch(torch.float32).piece
+    check(Case(form, (length, 2 * length + 5, 1), 2, 1, K=20, V=18, rate=0.1, spare=2))
+
+
+SCALAR = Case(Recurrence(Decay.SCALAR), (70, 3), K=18, V=6, spare=4)
+CUT = replace(SCALAR, lengths=(2, 250), rate=0.05)
+CONSTANT = replace(SCALAR, form=Recurrence(Decay.HEAD))
+HEADS = replace(SCALAR, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
+DELTA = replace(SCALAR, form=Recurrence(Decay.SCALAR, Erase.DELTA), rate=0.2)
+DELTA_HEADS = replace(DELTA, lengths=(3, 70, 2, 3), heads=4, key_heads=2)
+CLEAN = {
+    "scalar": SCALAR,
+    "cut": CUT,
+    "constant": CONSTANT,
+    "heads": HEADS,
+    "delta": DELTA,
+    "heads of delta": DELTA_HEADS,
+}
+
+
+def kernels_of(case: Case) -> object:
+    return gated_deltanet if case.form.erase is Erase.DELTA else parallel_scan
+
+
+FIRST = "piece = first_piece + chunk * CHUNK // PIECE"
+BUGS = {
+    "the last row masked": (SCALAR, Bug(piece_reads, "valid = row < size", "valid = row < size - 1")),
+    "a mask of columns dropped": (SCALAR, Bug(piece_reads, "there = column < size", "there = column < size + 2")),
+    "a mask of writes dropped": (
+        SCALAR,
+        Bug(parallel_scan, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk"),
+    ),
+    "a causal mask dropped": (SCALAR, Bug(piece_reads, "tl.where(seen, products, 0.0)", "products")),
+    "heads taken in turn": (HEADS, Bug(piece_reads, "head // (HEADS // A_HEADS)", "head % A_HEADS")),
+    "written heads taken in turn": (HEADS, Bug(parallel_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
+    "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= tl.exp(total)", "state *= 1.0")),
+    "a write that does not fade": (SCALAR, Bug(parallel_scan, "v.to(tl.float32) * weights[:, None]", "v * 1.0")),
+    "a read that does not fade": (SCALAR, Bug(piece_reads, "o *= tl.exp(summed.to(tl.float32))[:, None]", "pass")),
+    "a constant decay off by one position": (CONSTANT, Bug(parallel_scan, "rate * row", "rate * (row + 1)")),
+    "the state of the piece before": (SCALAR, Bug(parallel_scan, FIRST, FIRST + " - (chunk * CHUNK // PIECE > 0)")),
+    "a state that is stored a chunk late": (SCALAR, Bug(parallel_scan, "else in_piece == 0", "else in_piece == CHUNK")),
+    "a state transposed": (SCALAR, Bug(piece_reads, "V, TRANSPOSED_STATE)", "V, not TRANSPOSED_STATE)")),
+    "a split's carry lost": (CUT, Bug(parallel_scan, "starts, _ = join(", "_, _ = join(")),
+    "a walk begins with another's piece": (SCALAR, Bug(parallel_scan, "tl.load(first_piece_ptr + walk)", "walk")),
+    "a token's own pair added twice": (
+        SCALAR,
+        Bug(piece_reads, "seen = seen & (row[:, None] != column[None, :])", "pass"),
+    ),
+    "a token's own pair forgotten": (SCALAR, Bug(piece_reads, "o += own[:, None] * c.to(tl.float32)", "pass")),
+    "beta forgotten in what is read": (DELTA, Bug(piece_reads, "products *= weights[None, :]", "pass")),
+    "beta forgotten in what is written": (DELTA, Bug(piece_reads, "o *= weights[:, None]", "pass")),
+    "the erase's part overwritten": (DELTA, Bug(piece_reads, "if ADD:", "if False:")),
+    "the erase reads what its token writes": (DELTA, Bug(gated_deltanet, "strict=True", "strict=False")),
+    "the erase added": (DELTA, Bug(gated_deltanet, "factor=-1.0", "factor=1.0")),
+    "what erases forgotten in the keys' gradient": (DELTA, Bug(gated_deltanet, "second=(dv, k, -1.0), ", "")),
+    "a stored state of the delta rule after its chunk": (
+        DELTA,
+        Bug(delta_walks, "if chunk * CHUNK % PIECE == 0:", "if chunk * CHUNK % PIECE == CHUNK:"),
+    ),
+    "a stored gradient of the delta rule before its chunk": (
+        DELTA,
+        Bug(delta_walks, "if (end % PIECE == 0) | (end >= size):", "if chunk * CHUNK % PIECE == 0:"),
+    ),
+}
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seeded = BUGS[bug]
+    assert_caught(kernels_of(case), seeded, case, tmp_path, monkeypatch)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("case", CLEAN.values(), ids=CLEAN)
+def test_a_copy_without_a_bug_keeps_the_budget(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_caught(kernels_of(case), None, case, tmp_path, monkeypatch)
