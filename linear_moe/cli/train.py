@@ -110,7 +110,12 @@ def train(
     ] = _PLAN.evaluate_every,
     log: Annotated[
         list[str] | None,
-        typer.Option(help="tensorboard or trackio, beside metrics.jsonl; may be given several times."),
+        typer.Option(
+            "--log",
+            # torchrun reads the whole line, and takes --log for a beginning of several of its own.
+            "--log-to",
+            help="tensorboard or trackio, beside metrics.jsonl; may be given several times. Under torchrun --log-to.",
+        ),
     ] = None,
     impl: Annotated[
         str,

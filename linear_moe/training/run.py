@@ -149,14 +149,16 @@ class Run:
                 self._log(metrics, report, speed.restart())
             # Before the checkpoint: a run that goes on from it has what comes before it behind it.
             if plan.evaluate_every and report.step % plan.evaluate_every == 0:
-                scores, _ = self._evaluate()
+                with speed.paused():
+                    scores, _ = self._evaluate()
                 metrics.write(report.step, held_out=scores)
                 display.evaluated(report.step, scores)
             # A signal reaches the processes at different steps.
             if self.world.total(int(interrupt.requested), self._device):
                 return True
             if plan.checkpoint_every and report.step % plan.checkpoint_every == 0:
-                self.save()
+                with speed.paused():
+                    self.save()
         return interrupt.requested
 
     def _steps(self) -> Iterator[StepReport]:

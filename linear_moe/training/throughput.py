@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -40,6 +42,15 @@ class Speed:
     def add(self, tokens: int) -> None:
         """Count tokens."""
         self._tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside is not counted: what is not training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - began
 
     def restart(self) -> float:
         """The speed since the last restart."""

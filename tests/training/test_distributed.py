@@ -61,20 +61,23 @@ def test_torchrun_runs_the_same_command(tmp_path: Path) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = ["-m", "linear_moe", "train", *COMMAND, "--device", "cpu", "--accumulate", "2", "--output"]
+    command = ["-m", "linear_moe", "train", *COMMAND, "--device", "cpu", "--accumulate", "2"]
+    command += ["--precision", "bfloat16", "--evaluate-every", "2", "--log-to", "tensorboard", "--output"]
     said = _run([sys.executable, *torchrun, *command, "two"], tmp_path)
     assert "2 processes" in said
     assert len(re.findall("held-out accuracy", said)) == 1
+    assert len(re.findall("step 2  held out", said)) == 1
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     result = CliRunner().invoke(app, [*command[2:], str(tmp_path / "one")])
     assert result.exit_code == 0, result.output
     losses = [
         [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
         for name in ("one", "two")
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     one, two = (load_model(tmp_path / name).state_dict() for name in ("one", "two"))
     for name, tensor in one.items():
-        assert float((two[name] - tensor).abs().max()) < 1e-4, name
+        assert float((two[name] - tensor).abs().max()) < 1e-3, name
 
 
 def test_batches_are_shared_evenly_or_not_at_all() -> None:

@@ -7,7 +7,19 @@ import torch
 from small_models import small_config
 
 from linear_moe.models import explain
-from linear_moe.training.throughput import Utilisation, peak_flops
+from linear_moe.training.throughput import Speed, Utilisation, peak_flops
+
+
+def test_what_is_not_training_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 11.0, 12.0, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    speed = Speed()
+    speed.add(100)
+    with speed.paused():
+        pass
+    assert speed.restart() == 50.0
+    speed.add(30)
+    assert speed.restart() == 15.0
 
 
 @pytest.mark.parametrize(

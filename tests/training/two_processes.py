@@ -20,7 +20,6 @@ import torch.distributed.device_mesh
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from killing import forked, outcome
-from small_models import small_config
 from test_run import Watcher
 
 from linear_moe.models import ModelConfig
@@ -37,10 +36,16 @@ STEPS = 3
 
 
 def config() -> ModelConfig:
-    """Parameters of one number a head, an odd number of heads, and every kind of balancing."""
-    return small_config(num_heads=3, balance_weight=0.1, z_loss_weight=0.1, balance_bias_rate=0.01).model_copy(
-        update={"layers": "m*2"}
-    )
+    """Parameters of one number a head, an odd number of heads, experts, a tied head, and every kind of balancing."""
+    balance = {"balance_weight": 0.1, "z_loss_weight": 0.1, "balance_bias_rate": 0.01}
+    mixture = {"type": "mom", "num_heads": 3, "head_dim": 4, "num_memories": 3, **balance}
+    experts = {"type": "moe", "num_experts": 3, "top_k": 2, "width": 8, **balance}
+    blocks = {
+        "memory": {"mixer": mixture, "ffn": {"type": "swiglu", "width": 8}},
+        "recall": {"mixer": {"type": "attention", "num_heads": 2}, "ffn": experts},
+    }
+    sizes = {"hidden_size": 8, "vocab_size": 16, "tie_embeddings": True}
+    return ModelConfig.from_dict({**sizes, "blocks": blocks, "layers": "memory recall"})
 
 
 def plan(steps: int = STEPS) -> RunPlan:
