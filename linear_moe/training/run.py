@@ -314,7 +314,7 @@ def resume_run(
             f"the run {str(folder)!r} has done {state.step} of {plan.settings.steps} steps: nothing is left; "
             f"a larger number of steps would go on"
         )
-    impl = impl or state.environment["impl"]
+    impl = impl or state.environment.get("impl", "auto")
     model = read_model(checkpoint, device=device, impl=impl)
     size = _size(model)
     shard(model, world)
@@ -324,7 +324,8 @@ def resume_run(
     task = build_task(plan.task, model.config, plan.settings.seed, load_tokenizer(checkpoint))
     changed = task.load_state(state.data)
     where = next(model.parameters()).device
-    restore_random_state(state.random, where)
+    if state.random:
+        restore_random_state(state.random, where)
     notes = (*filter(None, [changed]), *_changes(state.environment, _environment(where, impl, world)))
     # Nobody moves a damaged checkpoint before everybody has read.
     world.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sys
@@ -240,10 +241,7 @@ class TextTask(IndexedTask):
 
     def state(self) -> dict[str, Any]:
         """Which text it is: the place follows from the step."""
-        digest = hashlib.sha256()
-        for document in self.corpus.train:
-            digest.update(len(document).to_bytes(8, "little") + document)
-        return {"text": digest.hexdigest()}
+        return {"text": self._digest}
 
     def load_state(self, state: dict[str, Any]) -> str | None:
         """Whether it is another text."""
@@ -259,8 +257,21 @@ class TextTask(IndexedTask):
         """`bits_per_byte` of the model, and of the byte frequencies of the training text; `perplexity` a token."""
         return {
             **self.held_out.evaluate(model),
-            "unigram_bits_per_byte": self.corpus.unigram_bits_per_byte(),
+            "unigram_bits_per_byte": self._unigram,
         }
+
+    # Once: they look at every byte of the text.
+
+    @functools.cached_property
+    def _unigram(self) -> float:
+        return self.corpus.unigram_bits_per_byte()
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for document in self.corpus.train:
+            digest.update(len(document).to_bytes(8, "little") + document)
+        return digest.hexdigest()
 
     def sample(self, model: LanguageModel) -> str | None:
         """What the model writes from a document's start."""
