@@ -13,8 +13,10 @@ from linear_moe.cli.config_schema import config_schema
 from linear_moe.cli.convert import convert
 from linear_moe.cli.demo import demo
 from linear_moe.cli.doctor import doctor
+from linear_moe.cli.eval import eval_
 from linear_moe.cli.explain import explain
 from linear_moe.cli.generate import generate
+from linear_moe.cli.inspect import inspect
 from linear_moe.cli.rules import rules
 from linear_moe.cli.train import train
 
@@ -26,8 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (rules, explain, train, generate, convert, demo, doctor, config_schema):
-    app.command(name=command.__name__.replace("_", "-"))(errors.explained(command))
+for command in (rules, explain, train, generate, eval_, inspect, convert, demo, doctor, config_schema):
+    app.command(name=command.__name__.rstrip("_").replace("_", "-"))(errors.explained(command))
 
 
 def _version(wanted: bool) -> None:

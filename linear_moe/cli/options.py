@@ -8,7 +8,22 @@ import torch
 import typer
 
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
+Precision = Annotated[str, typer.Option(help="Of parameters and arithmetic: float32 or bfloat16.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice unless given.")]
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_dtype(precision: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ValueError: if it is none of those.
+    """
+    if precision not in _DTYPES:
+        raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}")
+    return _DTYPES[precision]
 
 
 def choose_device(name: str) -> torch.device:

@@ -142,14 +142,16 @@ class SoftmaxAttention(nn.Module):
         rows = self._project(x, sequences, state, segments, packed=cu_seqlens is not None)
         columns = AttentionState(rows.k, rows.v, rows.positions, rows.valid, sequences.lengths, self._owner)
         if state is not None:
-            columns = state.extended(rows.k, rows.v, rows.positions, rows.valid)
+            add = state.extended if state.used is None else state.filled
+            columns = add(rows.k, rows.v, rows.positions, rows.valid)
         alone = columns.num_columns == x.shape[1] and padding_mask is None and cu_seqlens is None
         if cu_seqlens is not None and state is None and x.device.type == "cpu":
             output = self._attend_documents(rows, cu_seqlens)
         else:
             causal = alone and (self.window is None or x.shape[1] <= self.window)
             mask = None if causal else self._mask(rows, columns)
-            output = self._attend(rows.q, columns.keys, columns.values, mask)
+            keys, values = columns.keys.to(rows.k.dtype), columns.values.to(rows.v.dtype)
+            output = self._attend(rows.q, keys, values, mask)
         if state is not None:
             state.update(columns if self.window is None else columns.last(self.window), sequences.lengths)
         if segments is not None:
@@ -190,7 +192,8 @@ class SoftmaxAttention(nn.Module):
         if rows.document is not None:
             allowed = allowed & (rows.document[:, :, None] == rows.document[:, None, :])
         # A pad looks at itself, or its softmax would be over nothing: 0 / 0 in some backends. It is zeroed in the end.
-        own = torch.arange(rows.q.shape[1], device=at.device) + columns.num_columns - rows.q.shape[1]
+        end = columns.num_columns if columns.used is None else columns.used
+        own = torch.arange(rows.q.shape[1], device=at.device) + end - rows.q.shape[1]
         itself = own[:, None] == torch.arange(columns.num_columns, device=at.device)
         return (allowed | (itself & ~rows.valid[:, :, None]))[:, None]
 

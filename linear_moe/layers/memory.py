@@ -89,7 +89,7 @@ class MemoryLayer(RecurrentMixer):
             dtype=dtype,
         )
 
-    def _assign(self, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
+    def _assign(self, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
         return Assignment(torch.zeros_like(sequences.index)[:, None], None), None
 
     def _attach(self, output: Tensor, loss: Tensor) -> Tensor:

@@ -150,8 +150,8 @@ class MoMLayer(RecurrentMixer):
         super().reset_parameters()
         self.router.reset_parameters()
 
-    def _assign(self, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
-        routing, loss = self.router(tokens, sequences.valid)
+    def _assign(self, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
+        routing, loss = self.router(tokens, sequences.valid, kernel=kernel)
         # What is kept for a look holds on to no graph.
         self.routing = replace(routing, weights=routing.weights.detach())
         memory, weights = routing.indices, routing.weights

@@ -27,19 +27,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: bool = False) -> Tensor:
     """Each row of `x` times the matrix of its group.
 
     Args:
         x: `[S, I]`, rows sorted by group.
         weight: `[G, O, I]`.
         cu_groups: `[G + 1]` where each group's rows begin; rows past the last border get 0, and give no gradient.
+        covered: whether it is known that there are none.
 
     Returns:
         `[S, O]`. Groups without rows get a gradient of 0.
     """
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
+    if covered and _grouped_mm_takes(x, weight):
+        return F.grouped_mm(x, weight.mT, offs=cu_groups[1:].to(torch.int32))
     rows = torch.arange(x.shape[0], device=x.device)
     inside = (rows < cu_groups[-1])[:, None]
     # Both sides: what lies past the last group may be anything, in the product and in its gradient.

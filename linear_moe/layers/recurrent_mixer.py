@@ -6,6 +6,7 @@ x -> slots sorted by (memory, sequence) -> projections -> short conv along each 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -17,6 +18,15 @@ from torch import Tensor, nn
 
 from linear_moe.layers.checks import check_input, check_state
 from linear_moe.layers.gate_parameters import GateParameters
+from linear_moe.layers.kernel_steps import (
+    LARGEST_HEAD,
+    SlotConv,
+    combines,
+    conv_parts,
+    kernels_run,
+    normed_by_conv,
+    plan_of,
+)
 from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.projections import grouped_linear, xavier_init_
 from linear_moe.layers.routing import SlotPlan, sort_slots
@@ -130,6 +140,11 @@ class RecurrentMixer(nn.Module, ABC):
         self.conv_weight = nn.Parameter(torch.empty(channels, conv_width, **factory)) if channels else None
         self.conv_bias = nn.Parameter(torch.empty(channels, **factory)) if biased else None
 
+        normalizes = self.rule.normalizes_qk and dims.head_dim <= LARGEST_HEAD
+        self.conv_parts = conv_parts(declared, self.convolved, conv_width, dims.head_dim, normalizes)
+        """What the kernel of the convolution makes of each projection, or None where PyTorch does."""
+        self.conv_norms = normed_by_conv(self.conv_parts)
+
         self.gate_parameters = GateParameters(self.rule.parameters(), num_states, **factory)
         value_width = dims.num_value_heads * dims.head_value_dim
         self.initial_memory = (
@@ -146,6 +161,7 @@ class RecurrentMixer(nn.Module, ABC):
             gate_first=gate_before_norm,
             **factory,
         )
+        self.kernel_combines = combines(self.norm, dims.head_value_dim)
         gated = output_gate != "none"
         self.gate_proj = nn.Linear(hidden_size, value_width, bias=False, **factory) if gated else None
         self.out_proj = nn.Linear(value_width, hidden_size, bias=False, **factory)
@@ -182,8 +198,8 @@ class RecurrentMixer(nn.Module, ABC):
             nn.init.zeros_(self.initial_memory)
 
     @abstractmethod
-    def _assign(self, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
-        """The memories of each token `[S, D]`, and the auxiliary loss of that choice."""
+    def _assign(self, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
+        """The memories of each token `[S, D]`, and the auxiliary loss of that choice; `kernel`: whether kernels run."""
 
     @abstractmethod
     def _attach(self, output: Tensor, loss: Tensor) -> Tensor:
@@ -223,23 +239,40 @@ class RecurrentMixer(nn.Module, ABC):
         if self.conv_scope == "sequence":
             tokens, conv_state = self._convolve_input(tokens, sequences, conv_state)
 
-        assignment, loss = self._assign(tokens, sequences)
+        kernels = kernels_run(x, self.impl)
+        assignment, loss = self._assign(tokens, sequences, kernels)
         fan_out = assignment.memory.shape[1]
         num_sequences = sequences.num_sequences
         num_segments = self.num_states * num_sequences
-        groups = assignment.memory * num_sequences + sequences.index[:, None]
-        groups = torch.where(sequences.valid[:, None], groups, num_segments)
-        plan = sort_slots(groups.flatten(), num_segments)
+        if kernels:
+            plan = plan_of(assignment.memory, sequences, self.num_states)
+        else:
+            groups = assignment.memory * num_sequences + sequences.index[:, None]
+            groups = torch.where(sequences.valid[:, None], groups, num_segments)
+            plan = sort_slots(groups.flatten(), num_segments)
 
-        raw, memory_of_slot = self._project(tokens, plan, num_sequences, fan_out)
-        if self.convolved:
-            raw, conv_state = self._convolve(raw, plan, conv_state)
-        raw = {name: activate(value, self.activations[name])[None] for name, value in raw.items()}
+        cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
+        # Without pads every slot is a memory's.
+        covered = padding_mask is None and cu_seqlens is None
+        if kernels and self.conv_parts is not None:
+            raw, conv_state = self._project_and_convolve(tokens, plan, cu_memories, fan_out, conv_state, covered)
+            normalized = self.conv_norms
+        else:
+            raw = self._project(tokens, plan, cu_memories, fan_out, covered)
+            if self.convolved:
+                raw, conv_state = self._convolve(raw, plan, conv_state)
+            raw = {name: activate(value, self.activations[name]) for name, value in raw.items()}
+            normalized = False
+        raw = {name: value[None] for name, value in raw.items()}
         positions = sequences.position
         if state is not None:
             positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
-        parameters = self.gate_parameters.of_slots(memory_of_slot[None])
-        rule_tokens = self.rule.tokens(raw, parameters, positions[plan.order // fan_out][None])
+        parameters = self.gate_parameters.of_slots(self._memory_of_slots(plan, cu_memories)[None])
+        slot_positions = positions[plan.order // fan_out][None]
+        if normalized:
+            rule_tokens = self.rule.normalized_tokens(raw, parameters)
+        else:
+            rule_tokens = self.rule.tokens(raw, parameters, slot_positions)
         result = scan(
             rule_tokens,
             form=self.rule.form,
@@ -252,8 +285,13 @@ class RecurrentMixer(nn.Module, ABC):
             return_final_state=state is not None,
             impl=self.impl,
         )
-        reads = scatter_slots(self.rule.output(result.output, rule_tokens, parameters)[0], plan, fan_out)
-        output = self._combine(tokens, upcast(reads), assignment.weights)
+        reads = self.rule.output(result.output, rule_tokens, parameters)[0]
+        if kernels and self.kernel_combines:
+            output = self._combine_by_kernel(
+                tokens, reads, plan, assignment.weights, None if covered else sequences.valid
+            )
+        else:
+            output = self._combine(tokens, upcast(scatter_slots(reads, plan, fan_out)), assignment.weights)
         if padding_mask is not None:
             output = torch.where(sequences.valid[:, None], output, 0)
         if state is not None:
@@ -273,38 +311,96 @@ class RecurrentMixer(nn.Module, ABC):
         )
         return tokens + scatter_slots(F.silu(mixed), plan, 1).flatten(0, 1), carried[:, None]
 
+    def _memory_of_slots(self, plan: SlotPlan, cu_memories: Tensor) -> Tensor:
+        """`[R]`"""
+        slots = torch.arange(plan.order.shape[0], device=cu_memories.device)
+        return torch.searchsorted(cu_memories[1:], slots, right=True).clamp_max(self.num_states - 1)
+
     def _project(
-        self, tokens: Tensor, plan: SlotPlan, num_sequences: int, fan_out: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Every projection of every slot `[R, width]` by name, and the memory of each slot `[R]`."""
-        cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
-        slots = torch.arange(plan.order.shape[0], device=tokens.device)
-        memory = torch.searchsorted(cu_memories[1:], slots, right=True).clamp_max(self.num_states - 1)
+        self, tokens: Tensor, plan: SlotPlan, cu_memories: Tensor, fan_out: int, covered: bool
+    ) -> dict[str, Tensor]:
+        """Every projection of every slot `[R, width]` by name."""
         first: dict[str, Tensor] = {}
         if self.memory_weight is not None:
             routed = gather_tokens(tokens, plan, fan_out)
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
-            parts = self._memory_linear(routed, self.memory_weight, cu_memories).split(widths, -1)
+            parts = self._memory_linear(routed, self.memory_weight, cu_memories, covered).split(widths, -1)
             first |= dict(zip(self.memory_projections, parts, strict=True))
         if self.token_weight is not None:
             widths = [_first_width(spec) for spec in self.token_projections.values()]
             projected = gather_tokens(F.linear(tokens, self.token_weight), plan, fan_out)
             first |= dict(zip(self.token_projections, projected.split(widths, -1), strict=True))
-        raw = {}
-        for name in (*self.memory_projections, *self.token_projections):
-            value = first[name]
-            own = name in self.memory_projections
-            if name in self.second_stage:
-                second = self.second_stage[name]
-                value = self._memory_linear(value, second, cu_memories) if own else F.linear(value, second[0])
-            if name in self.projection_bias:
-                bias = self.projection_bias[name]
-                value = value + (bias[memory] if own else bias[0]).to(value.dtype)
-            raw[name] = value
-        return raw, memory
+        return {name: self._finish(name, first[name], plan, cu_memories, covered) for name in self._names()}
 
-    def _memory_linear(self, x: Tensor, weight: Tensor, cu_memories: Tensor) -> Tensor:
-        return F.linear(x, weight[0]) if self.num_states == 1 else grouped_linear(x, weight, cu_memories)
+    def _names(self) -> tuple[str, ...]:
+        return *self.memory_projections, *self.token_projections
+
+    def _finish(self, name: str, value: Tensor, plan: SlotPlan, cu_memories: Tensor, covered: bool) -> Tensor:
+        """A projection's second matrix and its bias."""
+        own = name in self.memory_projections
+        if name in self.second_stage:
+            second = self.second_stage[name]
+            value = self._memory_linear(value, second, cu_memories, covered) if own else F.linear(value, second[0])
+        if name in self.projection_bias:
+            bias = self.projection_bias[name]
+            value = value + (bias[self._memory_of_slots(plan, cu_memories)] if own else bias[0]).to(value.dtype)
+        return value
+
+    def _memory_linear(self, x: Tensor, weight: Tensor, cu_memories: Tensor, covered: bool) -> Tensor:
+        if self.num_states == 1:
+            return F.linear(x, weight[0])
+        return grouped_linear(x, weight, cu_memories, covered=covered)
+
+    def _project_and_convolve(
+        self,
+        tokens: Tensor,
+        plan: SlotPlan,
+        cu_memories: Tensor,
+        fan_out: int,
+        conv_state: Tensor | None,
+        covered: bool,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
+        a token and read through the plan.
+        """
+        assert self.conv_parts is not None and self.conv_weight is not None
+        conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states)
+        raw: dict[str, Tensor] = {}
+        if self.memory_weight is not None:
+            widths = [_first_width(spec) for spec in self.memory_projections.values()]
+            routed = gather_tokens(tokens, plan, fan_out)
+            projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
+            # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
+            leading = [self.conv_parts[name] for name in itertools.takewhile(self._convolves, self.memory_projections)]
+            leading = [part for part in leading if part.activation == leading[0].activation]
+            count = 0
+            if leading and conv_state is None:
+                *mixed, projected = conv.of_columns(leading, projected)
+                count = len(leading)
+                raw |= dict(zip([part.name for part in leading], mixed, strict=True))
+            names = list(self.memory_projections)[count:]
+            raw |= dict(zip(names, projected.split(widths[count:], -1), strict=True))
+            raw |= {
+                name: conv.of(self.conv_parts[name], raw[name], by_token=False)
+                for name in names
+                if self._convolves(name)
+            }
+        if self.token_weight is not None:
+            widths = [_first_width(spec) for spec in self.token_projections.values()]
+            columns = F.linear(tokens, self.token_weight).split(widths, -1)
+            for name, column in zip(self.token_projections, columns, strict=True):
+                if self._convolves(name):
+                    raw[name] = conv.of(self.conv_parts[name], column, by_token=True)
+                else:
+                    raw[name] = gather_tokens(column, plan, fan_out)
+        for name in self._names():
+            if not self._convolves(name):
+                value = self._finish(name, raw[name], plan, cu_memories, covered)
+                raw[name] = activate(value, self.activations[name])
+        return raw, conv.carried()
+
+    def _convolves(self, name: str) -> bool:
+        return name in self.convolved
 
     def _convolve(
         self, raw: dict[str, Tensor], plan: SlotPlan, conv_state: Tensor | None
@@ -332,6 +428,17 @@ class RecurrentMixer(nn.Module, ABC):
         gate = None if self.gate_proj is None else self.gate_proj(tokens).unflatten(-1, mixed.shape[1:])
         dtype = tokens.dtype if gate is None else gate.dtype
         output: Tensor = self.out_proj(self.norm(mixed, gate, dtype).flatten(1))
+        return output
+
+    def _combine_by_kernel(
+        self, tokens: Tensor, reads: Tensor, plan: SlotPlan, weights: Tensor | None, valid: Tensor | None
+    ) -> Tensor:
+        from linear_moe.kernels.mixing import combine_reads
+
+        assert self.gate_proj is not None
+        gate = self.gate_proj(tokens)
+        mixed = combine_reads(reads, plan.place, weights, gate, self.norm.weight, eps=self.norm.eps, valid=valid)
+        output: Tensor = self.out_proj(mixed)
         return output
 
     def new_state(

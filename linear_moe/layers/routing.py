@@ -106,14 +106,19 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias.reset_parameters()
 
-    def forward(self, x: Tensor, valid: Tensor) -> tuple[Routing, Tensor]:
-        """Route tokens `x` `[S, D]`, real where `valid` `[S]`.
+    def forward(self, x: Tensor, valid: Tensor, *, kernel: bool = False) -> tuple[Routing, Tensor]:
+        """Route tokens `x` `[S, D]`, real where `valid` `[S]`, with logits from a kernel or from PyTorch.
 
         Returns:
             The routing, and the weighted auxiliary loss (a scalar with a gradient) for `auxiliary`.
         """
-        # Products and sums of their own: autocast would make a 16-bit matmul of it.
-        logits = ordered_sum(upcast(x)[:, None, :] * self.weight.to(upcast(x).dtype))
+        if kernel:
+            from linear_moe.kernels.router_logits import router_logits
+
+            logits = router_logits(x, self.weight)
+        else:
+            # Products and sums of their own: autocast would make a 16-bit matmul of it.
+            logits = ordered_sum(upcast(x)[:, None, :] * self.weight.to(upcast(x).dtype))
         if self.score == "softmax":
             scores = probabilities = torch.softmax(logits, -1)
         else:

@@ -1,25 +1,41 @@
-"""Carried states on disk, of a layer or a model: written whole or not at all, read without running what is in them."""
+"""Carried states on disk, of a layer or a model: written whole or not at all, read without running what is in them.
+
+    torch.save's bytes   8 bytes that say what file this is   32 bytes: the SHA-256 of torch.save's
+
+A file that was cut short lacks its end, one that was altered does not match it: neither is ever loaded.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+_MARK = b"LMSTATE%d" % STATE_FORMAT
+_END = len(_MARK) + hashlib.sha256().digest_size
+_BLOCK = 1 << 20
 
 
 def write_state_file(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` to a file, aside first and then renamed: what stands at `path` is always whole."""
+    """Write `content` to a file, aside first, flushed, and then renamed: what stands at `path` is always whole."""
     target = Path(path)
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"format": STATE_FORMAT, **content}, aside)
+        with aside.open("w+b") as file:
+            torch.save({"format": STATE_FORMAT, **content}, file)
+            size = file.seek(0, os.SEEK_END)
+            file.write(_MARK + _digest(file, size))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+    if os.name == "posix":
+        _flush_folder(target.parent)
 
 
 def read_state_file(path: str | Path, kind: str, key: str, device: torch.device | str | None) -> dict[str, Any]:
@@ -32,16 +48,47 @@ def read_state_file(path: str | Path, kind: str, key: str, device: torch.device 
         device: to put its tensors on; where they were unless given.
 
     Raises:
-        ValueError: if the file holds nothing of that kind and format.
+        ValueError: if the file holds nothing of that kind and format, was cut short, or altered.
     """
     wrong = f"{path} holds no {kind} state of format {STATE_FORMAT}"
-    try:
-        content: Any = torch.load(Path(path), map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # What torch raises for a file of another kind depends on that kind.
-        raise ValueError(f"{wrong}: {type(error).__name__}") from error
+    with Path(path).open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - _END
+        file.seek(max(size, 0))
+        end = file.read()
+        if size < 0 or not end.startswith(_MARK):
+            raise ValueError(f"{wrong}: it is another file, or was cut short")
+        if end[len(_MARK) :] != _digest(file, size):
+            raise ValueError(f"{path} is damaged: it does not match its own checksum")
+        file.seek(0)
+        try:
+            content: Any = torch.load(file, map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            # What torch raises for a content of another kind depends on that kind.
+            raise ValueError(f"{wrong}: {type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or key not in content:
         raise ValueError(wrong)
     return content
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first `size` bytes. Leaves the file where they end."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while size:
+        block = file.read(min(size, _BLOCK))
+        if not block:
+            break
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename may be lost with the folder's entries in a crash, though the file itself was flushed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

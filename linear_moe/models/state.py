@@ -58,13 +58,22 @@ class ModelState:
         """The same numbers, cut from the graph that made them."""
         return self._map(lambda layer: layer.detach())
 
+    def compact(self) -> ModelState:
+        """The same without the columns that attention layers had reserved; this one if there are none."""
+        reserved = any(isinstance(layer, AttentionState) and layer.used is not None for layer in self.layers)
+        return self._map(lambda x: x.compact() if isinstance(x, AttentionState) else x) if reserved else self
+
     def save(self, path: str | Path) -> None:
         """Write to a file, aside first and then renamed: what stands at `path` is always whole."""
+        write_state_file(path, self.content())
+
+    def content(self) -> dict[str, Any]:
+        """What a file of it holds: plain data and tensors."""
         layers = [
             {"kind": type(layer).__name__, "owner": layer.owner, "tensors": layer.detach().tensors()}
-            for layer in self.layers
+            for layer in self.compact().layers
         ]
-        write_state_file(path, {"fingerprint": self.fingerprint, "layers": layers})
+        return {"fingerprint": self.fingerprint, "layers": layers}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> ModelState:
@@ -73,8 +82,15 @@ class ModelState:
         Raises:
             ValueError: if the file holds no model state of this format.
         """
-        content = read_state_file(path, "model", "layers", device)
-        return cls([_read_layer(layer) for layer in content["layers"]], content["fingerprint"])
+        return cls.of_content(read_state_file(path, "model", "layers", device), str(path))
+
+    @classmethod
+    def of_content(cls, content: dict[str, Any], source: str) -> ModelState:
+        """From what `content` gave; `source` is what errors call it."""
+        try:
+            return cls([_read_layer(layer) for layer in content["layers"]], content["fingerprint"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source} holds no model state: {type(error).__name__} {error}") from error
 
     def _map(self, change: Callable[[LayerState], LayerState]) -> ModelState:
         return ModelState([change(layer) for layer in self.layers], self.fingerprint)

@@ -125,6 +125,9 @@ class UpdateRule(ABC):
     form: ClassVar[Recurrence | None] = None
     rotary: ClassVar[bool] = False
     """Whether `tokens` needs the positions of the text."""
+    normalizes_qk: ClassVar[bool] = False
+    """Whether `qk_transform` is `transforms.l2_norm` of both and `tokens` the default: a kernel of the layer
+    then makes the norm with the short convolution."""
 
     @property
     def scale(self) -> float:
@@ -161,11 +164,18 @@ class UpdateRule(ABC):
 
     def tokens(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor], positions: Tensor) -> Tokens:
         """Raw projections `[..., width]` (after conv and activation) to what the recurrence sees."""
-        dims = self.dims
-        q = raw["q"].unflatten(-1, (dims.num_heads, dims.head_dim))
-        k = raw["k"].unflatten(-1, (dims.num_heads, dims.head_dim))
-        v = raw["v"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
-        q, k = self.qk_transform(q, k, positions)
+        q, k = self.qk_transform(self._heads(raw["q"]), self._heads(raw["k"]), positions)
+        return self._gated(q, k, raw, parameters)
+
+    def normalized_tokens(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tokens:
+        """`tokens` of a rule that `normalizes_qk`, from q and k whose norm is made."""
+        return self._gated(self._heads(raw["q"]), self._heads(raw["k"]), raw, parameters)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.dims.num_heads, self.dims.head_dim))
+
+    def _gated(self, q: Tensor, k: Tensor, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tokens:
+        v = raw["v"].unflatten(-1, (self.dims.num_value_heads, self.dims.head_value_dim))
         gates = self.gates(raw, parameters)
         log_decay, beta = gates.pop("log_decay", None), gates.pop("beta", None)
         return Tokens(q, k, v, log_decay, beta, gates)

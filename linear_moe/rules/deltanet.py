@@ -27,6 +27,7 @@ class DeltaNet(UpdateRule):
     """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T, q and k of norm 1 (2406.06484, eq. 4 and section 3.3)."""
 
     form = Recurrence(erase=Erase.DELTA)
+    normalizes_qk = True
 
     allow_negative_eigenvalues: bool = option(False, "beta up to 2 instead of 1")
     short_conv: bool = option(True, "a short convolution on q, k and v")

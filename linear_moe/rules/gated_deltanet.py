@@ -24,6 +24,7 @@ class GatedDeltaNet(UpdateRule):
     """S' = a_t S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T (eq. 10), log a_t = -exp(A_log) softplus(x_a + dt_bias)."""
 
     form = Recurrence(decay=Decay.SCALAR, erase=Erase.DELTA)
+    normalizes_qk = True
 
     allow_negative_eigenvalues: bool = option(False, "beta up to 2 instead of 1")
     short_conv: bool = option(True, "a short convolution on q, k and v")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.rules.base import Tokens, UpdateRule
+from linear_moe.rules.transforms import l2_norm
 from linear_moe.testing.laws import Case, Law, Violation, require, require_close, require_finite, require_same_bits
 from linear_moe.testing.rule_inputs import Inputs, draw, has_form
 
@@ -24,6 +25,10 @@ def _tokens(case: Case) -> None:
             require_same_bits(f"{name} {where}, made again,", _named(again)[name], x)
         _require_shapes(rule, tokens, (1, sum(case.lengths)), where)
         _require_gates(tokens, where)
+        if rule.normalizes_qk:
+            for name in ("q", "k"):
+                heads = inputs.by_token[name].unflatten(-1, (rule.dims.num_heads, rule.dims.head_dim))
+                require_same_bits(f"{name} {where} of a rule that normalizes_qk", _named(tokens)[name], l2_norm(heads))
         # A hundred standard deviations: saturated gates, as a training run that goes wrong makes them.
         large = {name: 100 * x for name, x in inputs.by_token.items()}
         _require_gates(inputs.with_tensors(large).tokens(), f"{where} a hundred times as large")

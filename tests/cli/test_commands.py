@@ -37,7 +37,18 @@ def refused(*arguments: str | Path, says: str) -> None:
 
 def test_help_of_every_command_has_an_example() -> None:
     text = run("--help").output
-    commands = ["rules", "explain", "train", "generate", "convert", "demo", "doctor", "config-schema"]
+    commands = [
+        "rules",
+        "explain",
+        "train",
+        "generate",
+        "eval",
+        "inspect",
+        "convert",
+        "demo",
+        "doctor",
+        "config-schema",
+    ]
     for command in commands:
         assert command in text
         shown = run(command, "--help")

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import pytest
 from cases import DEVICE, Case, check
 
-from linear_moe.kernels import library
+from linear_moe.kernels import delta_walks, library, piece_reads
 
 in_the_interpreter = pytest.mark.skipif(
     DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
 )
 _numbers = itertools.count()
+LAUNCHED = (delta_walks, piece_reads)
+"""Modules of kernels that others launch."""
 
 
 class Bug(NamedTuple):
@@ -62,12 +64,20 @@ def seed(kernels: ModuleType, bug: Bug | None, folder: Path) -> ModuleType:
 
     if bug is None or bug.module is kernels:
         return _load(kernels, folder, change)
-    used, copy = _load(bug.module, folder, change), _load(kernels, folder, lambda source: source)
-    names = [name for name, x in vars(bug.module).items() if callable(x) and vars(copy).get(name) is x]
-    assert names, "the kernels use nothing of that module"
-    for name in names:
-        setattr(copy, name, getattr(used, name))
-    return copy
+    copies = {bug.module: _load(bug.module, folder, change)}
+    # What launches a kernel that uses the module is to launch a copy that uses its copy.
+    for module in (*LAUNCHED, kernels):
+        uses = {
+            name: vars(changed)[name]
+            for original, changed in copies.items()
+            for name, x in vars(original).items()
+            if callable(x) and vars(module).get(name) is x and module is not original and name in vars(changed)
+        }
+        if uses and module not in copies:
+            copies[module] = _load(module, folder, lambda source: source)
+            vars(copies[module]).update(uses)
+    assert kernels in copies, "the kernels use nothing of that module"
+    return copies[kernels]
 
 
 def assert_caught(kernels: ModuleType, bug: Bug | None, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> None:

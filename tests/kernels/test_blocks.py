@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import chunk_sums, zero_uncovered
 from linear_moe.kernels.decay_gradient import decay_gradient
-from linear_moe.kernels.gated_deltanet import _unit_lower_inverse
+from linear_moe.kernels.delta_walks import unit_lower_inverse
 from linear_moe.kernels.splits import cut, whole
 from linear_moe.testing.budget import assert_within_budget
 
@@ -25,7 +25,7 @@ def borders_of(lengths: list[int]) -> Tensor:
 def _inverse_kernel(lower_ptr, inverse_ptr, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     rows = tl.arange(0, SIZE)
     at = rows[:, None] * SIZE + rows[None, :]
-    tl.store(inverse_ptr + at, _unit_lower_inverse(tl.load(lower_ptr + at), SIZE, LEVELS, PRECISION))
+    tl.store(inverse_ptr + at, unit_lower_inverse(tl.load(lower_ptr + at), SIZE, LEVELS, PRECISION))
 
 
 def overlaps(size: int, apart: float) -> Tensor:

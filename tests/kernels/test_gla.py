@@ -86,7 +86,7 @@ BUGS = {
     "a split's carry fades by another channel": (CUT, Bug(join, "* K + numbers // V,", "* K + numbers % K,")),
     "every split begins with its segment's first chunk": (
         CUT,
-        Bug(gla, "first[splits.owner] + into", "first[splits.owner]"),
+        Bug(gla, "splits.first_pieces(chunks, ragged, chunk)", "chunks.first[:-1][splits.owner]"),
     ),
     "the decay's gradient one token late": (HARSH, Bug(gla, "tl.cumsum(change, 0) - change", "tl.cumsum(change, 0)")),
     "the decay's gradient without the start": (HARSH, Bug(gla, "crossing += tl.load(", "tl.load(")),

@@ -13,6 +13,7 @@ from linear_moe.layers.auxiliary import collect_auxiliary_losses
 from linear_moe.layers.mixture_of_experts import MixtureOfExperts
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.layers.routing import Router
+from linear_moe.layers.state_file import STATE_FORMAT
 from linear_moe.models import LanguageModel, ModelConfig, ModelState, build_model
 
 HYBRID = """\
@@ -161,7 +162,7 @@ def test_a_file_that_holds_no_state(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "other.pt")
     (tmp_path / "words.txt").write_text("words")
     for name in ("other.pt", "words.txt"):
-        with pytest.raises(ValueError, match="holds no model state of format 1"):
+        with pytest.raises(ValueError, match=f"holds no model state of format {STATE_FORMAT}"):
             ModelState.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         ModelState.load(tmp_path / "missing.pt")

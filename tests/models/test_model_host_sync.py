@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+from hybrids import PATTERNS, model_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linear_moe.models import ModelConfig, build_model
+from linear_moe.models import DecodeStep, ModelConfig, Sampling, build_model
 
 TEXT = """\
 hidden_size: 16
@@ -53,3 +55,16 @@ def test_nothing_is_read_back_on_meta() -> None:
             state = model.new_state(2)
             model(tokens, state=state)
             assert model(tokens[:, :1], state=state.select(tokens[:, 0])).shape == (2, 1, 11)
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton kernel:RuntimeWarning")
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_step_of_decoding_reads_nothing_back_on_meta(pattern: str) -> None:
+    """What can't be read on meta can't be captured in a graph either."""
+    model = build_model(model_of(pattern).config, device="meta").eval()
+    step = DecodeStep(model, model.new_state(2))
+    tokens = torch.zeros(2, dtype=torch.int64, device="meta")
+    step(tokens)
+    with OnTheDeviceOnly():
+        for _ in range(3):
+            assert step(Sampling(0.7, top_k=5, top_p=0.9).draw(step(tokens))).shape == (2, 11)

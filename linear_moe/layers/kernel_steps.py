@@ -1,0 +1,157 @@
+"""A mixer's steps beside the scan on kernels of their own: when they run, and what a layer's declaration lets them take.
+
+The plan of the slots, the router's logits, the short convolution with its activation and the rule's l2 norm, and the weighted,
+gated sum of a token's reads. Where they don't run, PyTorch makes the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linear_moe.layers.norms import GatedRMSNorm
+from linear_moe.layers.projections import autocast_dtype
+from linear_moe.layers.routing import SlotPlan
+from linear_moe.layers.sequences import Sequences
+from linear_moe.rules.base import Projection
+from linear_moe.rules.scan import TRUSTED_KERNEL_DTYPES
+
+LARGEST_CONV_WIDTH = 8
+LARGEST_HEAD = 256
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernels_run(x: Tensor, impl: str) -> bool:
+    """Whether a layer that was built for `impl` takes these kernels for the input `x`."""
+    if impl not in ("auto", "triton") or not _triton_installed():
+        return False
+    dtype = autocast_dtype(x)
+    if x.device.type == "cuda":
+        trusted = TRUSTED_KERNEL_DTYPES if impl == "auto" else (torch.float32, torch.bfloat16, torch.float16)
+        return dtype in trusted and x.dtype != torch.float64
+    # In the interpreter only by name: it is for tests.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return impl == "triton" and interpreted and x.device.type == "cpu" and dtype in (torch.float32, torch.float16)
+
+
+def plan_of(memory: Tensor, sequences: Sequences, num_states: int) -> SlotPlan:
+    """`sort_slots` of the slots `memory` `[S, F]`: tokens come sequence by sequence, so a count by memory sorts them."""
+    from linear_moe.kernels.mixing import plan_slots
+
+    plan = plan_slots(memory, sequences.index, num_states, sequences.num_sequences)
+    return SlotPlan(plan.order, plan.place, plan.cu_seqlens)
+
+
+class ConvPart(NamedTuple):
+    """One projection's part in the convolution."""
+
+    name: str
+    first_channel: int
+    """Of the convolution's weight."""
+    width: int
+    activation: str | None
+    norm_heads: int | None
+    """Channels of a head that an l2 norm follows on."""
+
+    @property
+    def channels(self) -> slice:
+        """Of the convolution's weight and of its carried inputs."""
+        return slice(self.first_channel, self.first_channel + self.width)
+
+
+def conv_parts(
+    declared: dict[str, Projection], convolved: list[str], conv_width: int, head_dim: int, normalizes: bool
+) -> dict[str, ConvPart] | None:
+    """The parts of a convolution along the memories, or None where the kernels don't take it."""
+    if not convolved or conv_width > LARGEST_CONV_WIDTH:
+        return None
+    parts, first = {}, 0
+    for name in convolved:
+        spec = declared[name]
+        if spec.rank is not None or spec.bias:
+            return None
+        norm = head_dim if normalizes and name in ("q", "k") else None
+        parts[name] = ConvPart(name, first, spec.width, spec.activation, norm)
+        first += spec.width
+    return parts
+
+
+def normed_by_conv(parts: dict[str, ConvPart] | None) -> bool:
+    """Whether queries and keys come out of the convolution with length 1."""
+    return parts is not None and all(name in parts and parts[name].norm_heads is not None for name in ("q", "k"))
+
+
+class SlotConv:
+    """The short convolution of one call: a part at a time, or neighbouring columns of one projection together."""
+
+    def __init__(
+        self, plan: SlotPlan, fan_out: int, weight: Tensor, bias: Tensor | None, state: Tensor | None, num_states: int
+    ) -> None:
+        from linear_moe.kernels.slot_conv_operator import segment_of_slots
+
+        self.plan, self.weight, self.bias = plan, weight, bias
+        self.num_states = num_states
+        self.source = plan.order // fan_out
+        self.place = plan.place.view(-1, fan_out)
+        self.segment = segment_of_slots(plan.cu_seqlens, plan.order.shape[0])
+        self.state = None if state is None else state.transpose(0, 1).flatten(0, 1)
+        self._carried: dict[int, Tensor] = {}
+
+    def of(self, part: ConvPart, x: Tensor, *, by_token: bool) -> Tensor:
+        """One projection `[R, width]`, or `[S, width]` where it was made once a token: `[R, width]`."""
+        from linear_moe.kernels.slot_conv_operator import slot_conv
+
+        mixed, carried = slot_conv(
+            x,
+            self.weight[part.channels],
+            None if self.bias is None else self.bias[part.channels],
+            self.plan.cu_seqlens,
+            source=self.source if by_token else None,
+            place=self.place if by_token else None,
+            segment=self.segment,
+            state=None if self.state is None else self.state[..., part.channels],
+            activation=part.activation,
+            norm_heads=part.norm_heads,
+            return_state=True,
+        )
+        assert carried is not None
+        self._carried[part.first_channel] = carried
+        return mixed
+
+    def of_columns(self, parts: list[ConvPart], x: Tensor) -> tuple[Tensor, ...]:
+        """The first columns of a projection `[R, *]`, and the rest as it is. Only without carried inputs."""
+        from linear_moe.kernels.slot_conv_columns import column_convs
+
+        assert self.state is None
+        channels = slice(parts[0].first_channel, parts[-1].channels.stop)
+        return column_convs(
+            x,
+            self.weight[channels],
+            None if self.bias is None else self.bias[channels],
+            self.plan.cu_seqlens,
+            [part.width for part in parts],
+            [part.norm_heads for part in parts],
+            activation=parts[0].activation,
+            segment=self.segment,
+        )
+
+    def carried(self) -> Tensor | None:
+        """The new carried inputs `[B, M, W, C]` in the layout of a layer's state; None where there were none."""
+        if self.state is None:
+            return None
+        whole = torch.cat([self._carried[first] for first in sorted(self._carried)], -1)
+        return whole.unflatten(0, (self.num_states, -1)).transpose(0, 1)
+
+
+def combines(norm: GatedRMSNorm, head_value_dim: int) -> bool:
+    """Whether the kernel has this output norm."""
+    return norm.gate == "silu" and norm.groups is None and not norm.gate_first and head_value_dim <= LARGEST_HEAD
