@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import ParamSpec
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
 
+from linear_moe.training.checkpoint import DamagedCheckpointWarning
+from linear_moe.training.divergence import DivergedError
 from linear_moe.training.extras import MissingExtraError
-from linear_moe.training.loop import DivergedError
 
 INTERRUPTED = 130
 """Of shells: 128 and the number of SIGINT."""
@@ -31,7 +34,8 @@ def explained(command: Callable[_P, None]) -> Callable[_P, None]:
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with _damage_in_words():
+                command(*args, **kwargs)
         except BrokenPipeError:
             # `| head`: nobody is left to be told.
             raise
@@ -49,8 +53,25 @@ def explained(command: Callable[_P, None]) -> Callable[_P, None]:
     return run
 
 
-def tell(message: str) -> None:
-    """An error on stderr. Not marked up: brackets in a message are the user's."""
+@contextlib.contextmanager
+def _damage_in_words() -> Iterator[None]:
+    """A damaged checkpoint that another stood in for is told in a line too; other warnings are left as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedCheckpointWarning)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, DamagedCheckpointWarning):
+                tell(str(message), kind="note")
+            else:
+                shown(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+def tell(message: str, *, kind: str = "error") -> None:
+    """An error or a note on stderr. Not marked up: brackets in a message are the user's."""
     console = Console(stderr=True, soft_wrap=True)
-    console.print("error:", style="bold red", end=" ")
+    console.print(f"{kind}:", style="bold red" if kind == "error" else "bold yellow", end=" ")
     console.print(message, markup=False, highlight=False)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from linear_moe.data.rows import ROW_PATTERNS, TEXT_KEY, has_rows, read_rows
+
 DOCUMENT_START = 256
 """The token before a document's first byte."""
 VOCAB_SIZE = 257
@@ -21,7 +23,7 @@ VOCAB_SIZE = 257
 
 _PROSE = ("txt", "text", "md", "rst", "tex", "org", "html", "csv", "json", "yaml", "yml", "toml")
 _CODE = ("py", "pyi", "c", "h", "cc", "cpp", "hpp", "cu", "rs", "go", "java", "js", "ts", "sh")
-TEXT_PATTERNS = tuple(f"*.{ending}" for ending in _PROSE + _CODE)
+TEXT_PATTERNS = (*(f"*.{ending}" for ending in _PROSE + _CODE), *ROW_PATTERNS)
 """Names of the files of a folder that are read unless patterns are given."""
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
@@ -60,27 +62,47 @@ class TextCorpus:
         return float(nats) / math.log(2)
 
 
-def read_text(path: str | Path, *, patterns: Sequence[str] = TEXT_PATTERNS, held_out: float = 0.05) -> TextCorpus:
+def read_text(
+    path: str | Path,
+    *,
+    patterns: Sequence[str] = TEXT_PATTERNS,
+    held_out: float = 0.05,
+    text_key: str | None = None,
+) -> TextCorpus:
     """Read a file, or every file of a folder whose name matches one of `patterns`.
+
+    A file is a document; of JSON lines (`*.jsonl`) and Parquet (`*.parquet`) every row is.
 
     Args:
         path: a text file of any name, or a folder, searched with its subfolders. Hidden files and empty files of a folder
             are passed over.
         patterns: shell patterns of file names, for a folder.
-        held_out: fraction of the documents (of a single file: of its bytes) that is not learned from.
+        held_out: fraction of the documents (of a single document: of its bytes) that is not learned from.
+        text_key: under which a row has its text; "text" unless given.
 
     Raises:
-        ValueError: if nothing is there, a file is empty or no valid UTF-8, or a folder has no text.
+        ValueError: if nothing is there, a file is empty or no valid UTF-8, a row has no text, or a folder has none.
+        MissingExtraError: if Parquet is to be read and `pyarrow` is not installed.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
     root = Path(path)
     if root.is_file():
+        if has_rows(root):
+            documents = _documents_of(root, root.name, text_key)
+            if not documents:
+                raise ValueError(f"the file {str(path)!r} has no row with text")
+            return _split_documents(str(path), documents, held_out)
+        _refuse_text_key(text_key, str(path))
         return _split_file(str(path), _read_utf8(root), held_out)
     if not root.is_dir():
         raise ValueError(f"text path {str(path)!r} is neither a file nor a folder")
     names = [n for n in _files_below(root, _SKIPPED_FOLDERS) if any(fnmatch.fnmatch(Path(n).name, p) for p in patterns)]
-    documents = {name: content for name in names if (content := _read_utf8(root / name, may_be_empty=True))}
+    if not any(map(has_rows, names)):
+        _refuse_text_key(text_key, str(path))
+    documents = {}
+    for name in names:
+        documents.update(_documents_of(root / name, name, text_key))
     if not documents:
         which = "only empty files" if names else "no file"
         raise ValueError(f"the folder {str(path)!r} has {which} named like text ({', '.join(patterns)})")
@@ -131,6 +153,19 @@ def decode_tokens(tokens: Iterable[int]) -> str:
 def printable(text: str) -> str:
     """`text` with control characters replaced: what an untrained model writes may otherwise drive the terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else "\N{MIDDLE DOT}" for c in text)
+
+
+def _documents_of(path: Path, name: str, text_key: str | None) -> dict[str, bytes]:
+    """The documents of a file of a folder, by names that say where they stand; none if it is empty."""
+    if has_rows(path):
+        return {f"{name}:{number}": text for number, text in read_rows(path, text_key or TEXT_KEY)}
+    content = _read_utf8(path, may_be_empty=True)
+    return {name: content} if content else {}
+
+
+def _refuse_text_key(text_key: str | None, path: str) -> None:
+    if text_key is not None:
+        raise ValueError(f"text_key would be ignored: {path!r} has no rows (of *.jsonl or *.parquet)")
 
 
 def _split_documents(source: str, documents: dict[str, bytes], held_out: float) -> TextCorpus:

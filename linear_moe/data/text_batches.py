@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.data.batch import Batch, seeded
-from linear_moe.data.text import document_tokens
+from linear_moe.data.tokenizer import BYTES, Tokenizer
 
 
 class PackedText:
@@ -17,31 +17,40 @@ class PackedText:
     A document longer than `context` is cut into pieces of that length, each a segment of its own that starts without a
     memory of the piece before. An epoch is all pieces in a shuffled order, one after another, and a batch a run of
     `batch_tokens` tokens of it: a piece that crosses a batch's end is cut there too. What is left at an epoch's end and does
-    not fill a batch is passed over in that epoch. Every byte is predicted from what stands before it in its segment.
+    not fill a batch is passed over in that epoch. Every token is predicted from what stands before it in its segment.
 
     Args:
         documents: as bytes; at least one that is not empty.
         context: tokens of a segment, at most.
         batch_tokens: tokens of a batch.
         seed: of the order.
+        tokenizer: bytes unless given.
 
     Raises:
         ValueError: if the documents do not fill one batch.
     """
 
-    def __init__(self, documents: Sequence[bytes], *, context: int, batch_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        documents: Sequence[bytes],
+        *,
+        context: int,
+        batch_tokens: int,
+        seed: int = 0,
+        tokenizer: Tokenizer = BYTES,
+    ) -> None:
         if context < 1:
             raise ValueError(f"context must be at least 1, got {context}")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
         self.batch_tokens = batch_tokens
         self.seed = seed
-        self._text, self._starts, self._lengths = _cut(documents, context)
+        self._text, self._starts, self._lengths = _cut(documents, context, tokenizer)
         num_tokens = int(self._lengths.sum())
         self.batches_per_epoch = num_tokens // batch_tokens
         if not self.batches_per_epoch:
             raise ValueError(
-                f"the text has {num_tokens:,} bytes to learn from, fewer than one batch of {batch_tokens:,} tokens; "
+                f"the text has {num_tokens:,} tokens to learn from, fewer than one batch of {batch_tokens:,} tokens; "
                 f"take a smaller batch or more text"
             )
         self._epoch = -1
@@ -57,21 +66,23 @@ class PackedText:
         return _read(self._text, self._starts, self._order, self._ends, row * self.batch_tokens, self.batch_tokens)
 
 
-def held_out_batches(documents: Sequence[bytes], *, context: int, batch_tokens: int, limit: int) -> Iterator[Batch]:
+def held_out_batches(
+    documents: Sequence[bytes], *, context: int, batch_tokens: int, limit: int, tokenizer: Tokenizer = BYTES
+) -> Iterator[Batch]:
     """The first `limit` tokens of the documents, in order, as packed batches; the last may be short."""
-    text, starts, lengths = _cut(documents, context)
+    text, starts, lengths = _cut(documents, context, tokenizer)
     order, ends = torch.arange(starts.numel()), lengths.cumsum(0)
     total = min(int(ends[-1]), limit) if ends.numel() else 0
     for start in range(0, total, batch_tokens):
         yield _read(text, starts, order, ends, start, min(batch_tokens, total - start))
 
 
-def _cut(documents: Sequence[bytes], context: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All documents' tokens `[S]` int16, and each piece's first input and length `[P]` int64."""
-    text = [document_tokens(document) for document in documents if document]
+def _cut(documents: Sequence[bytes], context: int, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+    """All documents' tokens `[S]` int16 or int32, and each piece's first input and length `[P]` int64."""
+    text = tokenizer.encode([document for document in documents if document])
     starts, lengths, offset = [], [], 0
     for tokens in text:
-        # The last byte is predicted and predicts nothing.
+        # The last token is predicted and predicts nothing.
         inputs = tokens.numel() - 1
         begins = torch.arange(0, inputs, context)
         starts.append(offset + begins)

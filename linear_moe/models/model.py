@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.cross_entropy import summed_cross_entropy
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.models.checkpointing import checkpoint_without_reentry, run_checkpointed
@@ -122,6 +123,8 @@ class LanguageModel(nn.Module):
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
+        places: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The logits of the token after each token.
 
@@ -130,15 +133,25 @@ class LanguageModel(nn.Module):
             padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere.
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
             state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
+            places: `[L]` int64 positions in the flattened `[B * T]`, to have the logits of those tokens only.
+            labels: `[L]` int64 of those places, to have the sum of their cross entropies in place of any logits.
 
         Returns:
-            `[B, T, vocab_size]` in the dtype of the parameters (autocast's under autocast), 0 at pads.
+            `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads;
+            with `labels` a scalar in float32 (float64 of a float64 model).
 
         Raises:
             ValueError: naming the argument that does not fit.
         """
+        if labels is not None and (places is None or labels.shape != places.shape):
+            raise ValueError("labels must be of the shape of places, which they are the labels of")
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
-        return self.logits(hidden)
+        if places is not None:
+            hidden = hidden.flatten(0, 1)[places]
+        if labels is None:
+            return self.logits(hidden)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return summed_cross_entropy(hidden, weight, labels)
 
     def hidden(
         self,

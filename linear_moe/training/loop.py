@@ -7,20 +7,18 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.data.batch import IGNORE_INDEX, Batch
 from linear_moe.layers.auxiliary import collect_auxiliary_losses, set_auxiliary_scale
+from linear_moe.layers.balance import BalanceBias
 from linear_moe.models.model import LanguageModel
+from linear_moe.training.distributed import ALONE, World, reduce_gradients, whole
+from linear_moe.training.divergence import DivergedError, first_bad_gradient, first_bad_parameter, first_not_finite
 from linear_moe.training.optimizer import set_learning_rate
 from linear_moe.training.schedule import learning_rate
 from linear_moe.training.settings import TrainSettings
 from linear_moe.training.tasks import Task
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number."""
 
 
 class StepReport(NamedTuple):
@@ -37,61 +35,131 @@ class StepReport(NamedTuple):
 
 
 def optimise(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, task: Task, settings: TrainSettings, *, start: int = 0
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    settings: TrainSettings,
+    *,
+    start: int = 0,
+    world: World = ALONE,
 ) -> Iterator[StepReport]:
     """Train from step `start` on; what is yielded has been done, and the model may be looked at or saved between.
 
+    Of several processes each takes its share of a step's batches; the reports are those of the whole step.
+
     Raises:
-        DivergedError: naming the step whose loss or gradient is not finite. The parameters are as before that step.
+        DivergedError: naming the step whose loss or gradient is not finite, and where that began. The parameters are as
+            before that step.
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for step in range(start, settings.steps):
-        batches = [task.batch(step * settings.accumulate + part) for part in range(settings.accumulate)]
+        batches = [task.batch(index) for index in world.batches(step, settings.accumulate)]
         model.train()
         rate = learning_rate(step, settings)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(model, batches, settings.precision)
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip))
+        total = accumulate_gradients(model, batches, settings.precision, world)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        total_norm = whole(nn.utils.get_total_norm(gradients))
+        tokens = world.total(sum(batch.tokens.numel() for batch in batches), total.device)
+        # One wait for the device a step.
+        loss, norm = torch.stack((total.double(), total_norm.double())).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient norm"
-            raise DivergedError(
-                f"step {step + 1}: the {what} is {loss if what == 'loss' else norm}; the last good parameters are those of "
-                f"step {step}. A smaller learning rate (now {rate:.3g}) or a longer warm-up usually helps"
-            )
+            raise _diverged(model, batches, settings, world, step, loss, norm, rate)
+        nn.utils.clip_grads_with_norm_(parameters, settings.gradient_clip, total_norm)
         optimizer.step()
         for module in model.modules():
-            update = getattr(module, "update_balance_bias", None)
-            if update is not None:
-                update()
-        yield StepReport(step + 1, loss, norm, rate, sum(batch.tokens.numel() for batch in batches))
+            if isinstance(module, BalanceBias):
+                # The same on every process: a bias is no parameter, and nothing else would keep them alike.
+                world.sum_(module.pending)
+                module.update_balance_bias()
+        yield StepReport(step + 1, loss, norm, rate, tokens)
 
 
-def accumulate_gradients(model: LanguageModel, batches: Sequence[Batch], precision: str = "float32") -> float:
-    """Add the gradient of the mean loss over all labels of `batches` to the parameters; returns that loss.
+def accumulate_gradients(
+    model: LanguageModel, batches: Sequence[Batch], precision: str = "float32", world: World = ALONE
+) -> Tensor:
+    """Add the gradient of the mean loss over all labels of all processes' `batches` to the parameters.
 
-    A batch counts by its labels. Its auxiliary losses take the same factor, attached or collected.
+    A batch counts by its labels: the gradient is that of one batch of all their sequences. Its auxiliary losses, which are
+    means over a batch's tokens, take the same factor, attached or collected.
+
+    Returns:
+        That loss, a scalar, the same on every process.
     """
     counts = [batch.num_labels for batch in batches]
-    device = next(model.parameters()).device
-    total = 0.0
-    for batch, count in zip(batches, counts, strict=True):
-        share = count / max(sum(counts), 1)
+    every = max(world.total(sum(counts), next(model.parameters()).device), 1)
+    losses = []
+    for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
+        reduce_gradients(model, number == len(batches))
+        # Of several processes' gradients the mean is taken, where the sum is meant.
+        weight = world.size / every
         # Before the forward: what is attached is attached with the scale of that moment.
-        set_auxiliary_scale(model, share)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = label_loss(model, batch) * share
-        (loss + share * collect_auxiliary_losses(model).to(loss.device)).backward()
-        total += float(loss.detach())
+        set_auxiliary_scale(model, count * weight)
+        with autocast(model, precision):
+            loss = summed_loss(model, batch) * weight
+        (loss + collect_auxiliary_losses(model).to(loss.device) * (count * weight)).backward()
+        losses.append(loss.detach())
     set_auxiliary_scale(model, 1.0)
-    return total
+    return world.sum_(torch.stack(losses).sum()) / world.size
 
 
-def label_loss(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean cross entropy over the batch's labels, in nats. Only labelled positions go through the head."""
+def autocast(model: nn.Module, precision: str) -> torch.autocast:
+    """The context of a forward: for "bfloat16" the large products are in it, parameters and optimiser stay float32.
+
+    Parameters kept in bfloat16 would lose what is learned: with 8 bits, an update below 1/256 of a weight is rounded away,
+    and late in training most are.
+    """
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def summed_loss(model: LanguageModel, batch: Batch) -> Tensor:
+    """Sum of the cross entropy over the batch's labels, in nats. Only labelled positions go through the head."""
     device = next(model.parameters()).device
     # Found where the batch is made, on the CPU: on a GPU their number would have to be waited for.
     places = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     labels = batch.labels.flatten()[places].to(device)
     borders = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-    hidden = model.hidden(batch.tokens.to(device), cu_seqlens=borders).flatten(0, 1)
-    return F.cross_entropy(model.logits(hidden[places.to(device)]).float(), labels)
+    summed: Tensor = model(batch.tokens.to(device), cu_seqlens=borders, places=places.to(device), labels=labels)
+    return summed
+
+
+def _diverged(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    settings: TrainSettings,
+    world: World,
+    step: int,
+    loss: float,
+    norm: float,
+    rate: float,
+) -> DivergedError:
+    """The error of a step that is not done, with what a second look at it finds."""
+    if math.isfinite(loss):
+        what = f"the gradient norm is {norm}"
+        layer = _first_named(world, first_bad_gradient(model))
+        where = f"; nearest to the loss, the gradient of {layer} is not finite" if layer else "; it is too large"
+    else:
+        what = f"the loss is {loss}"
+
+        def again() -> None:
+            for batch in batches:
+                with autocast(model, settings.precision):
+                    summed_loss(model, batch)
+
+        layer = _first_named(world, first_not_finite(model, again))
+        where = f"; the first output that is not finite is that of {layer or 'the loss'}"
+        bad = _first_named(world, first_bad_parameter(model))
+        where += f", and the parameter {bad} is not finite to begin with" if bad else ""
+    return DivergedError(
+        f"step {step + 1}: {what}{where}. The last good parameters are those of step {step}. A smaller learning rate (now "
+        f"{rate:.3g}) or a longer warm-up usually helps",
+        step=step + 1,
+        layer=layer,
+        batches=batches,
+    )
+
+
+def _first_named(world: World, name: str | None) -> str | None:
+    """What the first process that found something found."""
+    return next((found for found in world.gather(name) if found is not None), None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from linear_moe.training.distributed import ALONE, World, like, whole_tensors
 from linear_moe.training.settings import TrainSettings
 
 
@@ -42,3 +44,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set it in every group."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any]:
+    """What the optimiser has gathered, by the names of the model's parameters: `{parameter: {"exp_avg": tensor, ...}}`.
+
+    Whole tensors: of a sharded model all processes must ask, and the main one gets them.
+    """
+    named = ((name, optimizer.state.get(parameter)) for name, parameter in model.named_parameters())
+    return {name: whole_tensors(state, world) for name, state in named if state}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` gave, to the optimiser of a model that is sharded in any way or not at all.
+
+    Raises:
+        ValueError: if it belongs to another model.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(saved.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(f"the optimiser's state names {unknown[0]!r}, which the model does not have")
+    places = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    content = optimizer.state_dict()
+    content["state"] = {
+        places[parameters[name]]: {key: like(value, parameters[name]) for key, value in values.items()}
+        for name, values in saved.items()
+    }
+    optimizer.load_state_dict(content)

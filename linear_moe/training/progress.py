@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -10,28 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from linear_moe.training.loop import StepReport
+from linear_moe.training.throughput import Speed
 
 LINE_EVERY_S = 10.0
 """Between two plain lines."""
 
-
-class Speed:
-    """Tokens a second since the last time it was asked."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """Count tokens."""
-        self._tokens += tokens
-
-    def restart(self) -> float:
-        """The speed since the last restart."""
-        now = time.perf_counter()
-        speed = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
-        return speed
+Details = Callable[[float], str]
+"""What else to show beside a speed in tokens a second; asked for as seldom as it is shown."""
 
 
 class Display(Protocol):
@@ -46,26 +32,34 @@ class Display(Protocol):
     def update(self, report: StepReport) -> None:
         """A step has been done."""
 
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Held-out data has been scored on the way."""
 
-def make_display(console: Console, *, steps: int, start: int = 0) -> Display:
+
+def make_display(console: Console, *, steps: int, start: int = 0, details: Details | None = None) -> Display:
     """A bar where it can be drawn, lines elsewhere."""
-    return BarDisplay(console, steps, start) if console.is_terminal else LineDisplay(console, steps)
+    details = details or (lambda speed: "")
+    return BarDisplay(console, steps, start, details) if console.is_terminal else LineDisplay(console, steps, details)
 
 
 class BarDisplay:
-    """A bar with loss, speed and the time that is left."""
+    """A bar with loss, speed, whatever else is to be shown, and the time that is left."""
 
-    def __init__(self, console: Console, steps: int, start: int) -> None:
+    def __init__(self, console: Console, steps: int, start: int, details: Details) -> None:
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("{task.fields[details]}"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task: TaskID = self._progress.add_task("", total=steps, completed=start, loss=float("nan"), speed=0.0)
+        self._task: TaskID = self._progress.add_task(
+            "", total=steps, completed=start, loss=float("nan"), speed=0.0, details=""
+        )
+        self._details = details
         self._speed = Speed()
         self._shown = 0.0
 
@@ -84,16 +78,22 @@ class BarDisplay:
         now = time.perf_counter()
         if now - self._shown > 1:
             self._shown = now
-            self._progress.update(self._task, speed=self._speed.restart())
+            speed = self._speed.restart()
+            self._progress.update(self._task, speed=speed, details=self._details(speed))
         self._progress.update(self._task, completed=report.step, loss=report.loss)
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """A line above the bar."""
+        self._progress.console.print(scores_line(step, scores), highlight=False)
 
 
 class LineDisplay:
     """A line for the first and the last step, and every ten seconds between."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, details: Details) -> None:
         self._console = console
         self._steps = steps
+        self._details = details
         self._speed = Speed()
         self._shown = -LINE_EVERY_S
 
@@ -111,7 +111,21 @@ class LineDisplay:
         if now - self._shown < LINE_EVERY_S and report.step != self._steps:
             return
         self._shown = now
+        speed = self._speed.restart()
+        details = self._details(speed)
         self._console.print(
-            f"step {report.step}/{self._steps}  loss {report.loss:.3f}  {self._speed.restart():,.0f} tokens/s",
+            f"step {report.step}/{self._steps}  loss {report.loss:.3f}  {speed:,.0f} tokens/s{details and '  '}{details}",
             highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """A line."""
+        self._console.print(scores_line(step, scores), highlight=False, soft_wrap=True)
+
+
+def scores_line(step: int, scores: Mapping[str, float]) -> str:
+    """The scores of a step in words."""
+    parts = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+    return f"step {step}  held out: {', '.join(parts)}"

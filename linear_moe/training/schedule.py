@@ -23,6 +23,10 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
         factor = _half_cosine(CYCLE_START, 1.0, done) if one_cycle else done
     elif settings.schedule == "constant":
         factor = 1.0
+    elif settings.schedule == "wsd":
+        decay = max(round(settings.steps * settings.decay), 1)
+        # Counted so that the last step is not one of size 0.
+        factor = min((settings.steps - step) / (decay + 1), 1.0)
     else:
         done = (step - warmup) / max(settings.steps - warmup, 1)
         factor = _half_cosine(1.0, 0.0 if one_cycle else COSINE_FLOOR, done)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from linear_moe.data.batch import IGNORE_INDEX, Batch, seeded
 from linear_moe.data.mqar import MQAR, mqar_batch
-from linear_moe.data.text import DOCUMENT_START, VOCAB_SIZE, TextCorpus, decode_tokens, printable
+from linear_moe.data.text import TextCorpus, printable
 from linear_moe.data.text_batches import PackedText, held_out_batches
+from linear_moe.data.text_stream import DocumentStream, PackedStream, first_documents
+from linear_moe.data.tokenizer import BYTES, Tokenizer
 from linear_moe.models.model import LanguageModel
+from linear_moe.rules.base import upcast
 
 HELD_OUT_STREAM = 1 << 62
 """Seed of held-out recall problems: the same for every run, and no seed of training."""
@@ -29,12 +35,23 @@ class Task(Protocol):
 
     score_name: str
     """The entry of `evaluate` that stands for the whole."""
+    context: int
+    """Tokens of a sequence, at most."""
 
     def describe(self) -> str:
         """One line for people."""
 
     def batch(self, index: int) -> Batch:
         """Training batch `index`, a function of it alone, so that a resumed run sees what it would have seen."""
+
+    def state(self) -> dict[str, Any]:
+        """Where it is in its data, as plain data and tensors; empty if `batch` depends on its index alone."""
+
+    def load_state(self, state: dict[str, Any]) -> str | None:
+        """Go on from where `state` was taken; says so if its data is no longer what it was then."""
+
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint needs beside the model for its tokens to mean something, by file name."""
 
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
         """Scores on held-out data, by name."""
@@ -43,7 +60,23 @@ class Task(Protocol):
         """Something the model says, if the task has words."""
 
 
-class RecallTask:
+class IndexedTask:
+    """A task whose batches depend on their index alone: it has no place to keep."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> str | None:
+        """Nothing to go back to."""
+        return None
+
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
+
+
+class RecallTask(IndexedTask):
     """Multi-query associative recall: fresh problems every step, accuracy on problems that are never trained on.
 
     Args:
@@ -76,6 +109,7 @@ class RecallTask:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.problems = list(problems)
+        self.context = max(problem.length for problem in problems)
         self.weights = torch.tensor([1.0] * len(problems) if weights is None else list(weights), dtype=torch.float64)
         self.batch_size = batch_size
         self.seed = seed
@@ -122,8 +156,44 @@ class RecallTask:
         )
 
 
-class TextTask:
-    """Bytes of text: the next byte of every byte, and bits per byte on held-out documents.
+class HeldOutText:
+    """Documents that are scored and never learned from.
+
+    Args:
+        documents: as bytes.
+        tokenizer: of the model.
+        context: tokens of a segment, at most.
+        limit: at most this many bytes are scored.
+
+    Raises:
+        ValueError: if the limit is below 1.
+    """
+
+    def __init__(self, documents: Sequence[bytes], tokenizer: Tokenizer, *, context: int, limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"held_out_bytes must be at least 1, got {limit}")
+        self.documents = _first_bytes(documents, limit)
+        self.tokenizer = tokenizer
+        self.context = context
+
+    def evaluate(self, model: LanguageModel) -> dict[str, float]:
+        """`bits_per_byte`, which tokenisers can be compared by, and `perplexity` a token."""
+        nats, count = 0.0, 0
+        tokens = max(self.context, EVALUATION_ROW)
+        batches = held_out_batches(
+            self.documents, context=self.context, batch_tokens=tokens, limit=sys.maxsize, tokenizer=self.tokenizer
+        )
+        for batch in batches:
+            logits = evaluated(model, batch)
+            labels = batch.labels[0].to(logits.device)
+            nats += float(nn.functional.cross_entropy(upcast(logits[0]), labels, reduction="sum"))
+            count += labels.numel()
+        size = sum(map(len, self.documents))
+        return {"bits_per_byte": nats / size / math.log(2), "perplexity": math.exp(min(nats / count, 700.0))}
+
+
+class TextTask(IndexedTask):
+    """Text in memory: the next token of every token, and bits per byte on held-out documents.
 
     Args:
         corpus: the documents.
@@ -131,6 +201,7 @@ class TextTask:
         batch_tokens: tokens of a batch.
         seed: of the order of the documents.
         held_out_bytes: at most this much of the held-out text is scored.
+        tokenizer: bytes unless given.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -146,13 +217,15 @@ class TextTask:
         batch_tokens: int = 4096,
         seed: int = 0,
         held_out_bytes: int = 100_000,
+        tokenizer: Tokenizer = BYTES,
     ) -> None:
-        if held_out_bytes < 1:
-            raise ValueError(f"held_out_bytes must be at least 1, got {held_out_bytes}")
         self.corpus = corpus
         self.context = context
-        self.held_out_bytes = held_out_bytes
-        self.packed = PackedText(corpus.train, context=context, batch_tokens=batch_tokens, seed=seed)
+        self.tokenizer = tokenizer
+        self.held_out = HeldOutText(corpus.held_out, tokenizer, context=context, limit=held_out_bytes)
+        self.packed = PackedText(
+            corpus.train, context=context, batch_tokens=batch_tokens, seed=seed, tokenizer=tokenizer
+        )
 
     def describe(self) -> str:
         """The source and the sizes."""
@@ -166,26 +239,122 @@ class TextTask:
         """One packed row."""
         return self.packed.batch(index)
 
+    def state(self) -> dict[str, Any]:
+        """Which text it is: the place follows from the step."""
+        return {"text": self._digest}
+
+    def load_state(self, state: dict[str, Any]) -> str | None:
+        """Whether it is another text."""
+        if state == self.state():
+            return None
+        return f"the text of {self.corpus.source} is not what the run began with: it goes on with what is there now"
+
+    def files(self) -> dict[str, bytes]:
+        """The tokeniser's."""
+        return self.tokenizer.files()
+
     def evaluate(self, model: LanguageModel) -> dict[str, float]:
-        """`bits_per_byte` of the model, and of the byte frequencies of the training text."""
-        nats, count = 0.0, 0
-        tokens = max(self.context, EVALUATION_ROW)
-        batches = held_out_batches(
-            self.corpus.held_out, context=self.context, batch_tokens=tokens, limit=self.held_out_bytes
-        )
-        for batch in batches:
-            logits = evaluated(model, batch)
-            labels = batch.labels[0].to(logits.device)
-            nats += float(nn.functional.cross_entropy(logits[0].float(), labels, reduction="sum"))
-            count += labels.numel()
+        """`bits_per_byte` of the model, and of the byte frequencies of the training text; `perplexity` a token."""
         return {
-            "bits_per_byte": nats / count / math.log(2),
-            "unigram_bits_per_byte": self.corpus.unigram_bits_per_byte(),
+            **self.held_out.evaluate(model),
+            "unigram_bits_per_byte": self._unigram,
         }
+
+    # Once: they look at every byte of the text.
+
+    @functools.cached_property
+    def _unigram(self) -> float:
+        return self.corpus.unigram_bits_per_byte()
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for document in self.corpus.train:
+            digest.update(len(document).to_bytes(8, "little") + document)
+        return digest.hexdigest()
 
     def sample(self, model: LanguageModel) -> str | None:
         """What the model writes from a document's start."""
-        return printable(sample_text(model, max_new_tokens=SAMPLE_TOKENS))
+        return printable(sample_text(model, max_new_tokens=SAMPLE_TOKENS, tokenizer=self.tokenizer))
+
+
+class StreamTask:
+    """Text from a stream, read as it is needed; its first documents are held out.
+
+    Args:
+        stream: of documents.
+        context: tokens of a segment, at most.
+        batch_tokens: tokens of a batch.
+        held_out_documents: so many of the first documents are scored and never learned from.
+        held_out_bytes: at most this much of them is scored.
+        seed: of the draws from the pieces that wait.
+        tokenizer: bytes unless given.
+
+    Raises:
+        ValueError: naming the argument that does not fit, or if the stream has no text.
+    """
+
+    score_name = "bits_per_byte"
+
+    def __init__(
+        self,
+        stream: DocumentStream,
+        *,
+        context: int = 512,
+        batch_tokens: int = 4096,
+        held_out_documents: int = 100,
+        held_out_bytes: int = 100_000,
+        seed: int = 0,
+        tokenizer: Tokenizer = BYTES,
+    ) -> None:
+        if held_out_documents < 1:
+            raise ValueError(f"held_out_documents must be at least 1, got {held_out_documents}")
+        self.stream = stream
+        self.context = context
+        self.tokenizer = tokenizer
+        first = first_documents(stream, held_out_documents)
+        self.held_out = HeldOutText(first, tokenizer, context=context, limit=held_out_bytes)
+        self.packed = PackedStream(
+            stream,
+            context=context,
+            batch_tokens=batch_tokens,
+            held_out=held_out_documents,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+
+    def describe(self) -> str:
+        """The source."""
+        held_out = self.held_out.documents
+        return (
+            f"{self.stream.source}, streamed; its first documents are held out, {sum(map(len, held_out)):,} bytes of "
+            f"{len(held_out):,} scored; segments of up to {self.packed.context} tokens"
+        )
+
+    def batch(self, index: int) -> Batch:
+        """One packed row; the rows before it have been made by then, or are passed over."""
+        return self.packed.batch(index)
+
+    def state(self) -> dict[str, Any]:
+        """The place in the stream, and the pieces that have been read and not learned from."""
+        return self.packed.state()
+
+    def load_state(self, state: dict[str, Any]) -> str | None:
+        """Go on from there."""
+        self.packed.load_state(state)
+        return None
+
+    def files(self) -> dict[str, bytes]:
+        """The tokeniser's."""
+        return self.tokenizer.files()
+
+    def evaluate(self, model: LanguageModel) -> dict[str, float]:
+        """`bits_per_byte`, and `perplexity` a token."""
+        return self.held_out.evaluate(model)
+
+    def sample(self, model: LanguageModel) -> str | None:
+        """What the model writes from a document's start."""
+        return printable(sample_text(model, max_new_tokens=SAMPLE_TOKENS, tokenizer=self.tokenizer))
 
 
 def evaluated(model: LanguageModel, batch: Batch) -> Tensor:
@@ -208,20 +377,42 @@ def recalled(model: LanguageModel, batch: Batch) -> Tensor:
 
 
 def sample_text(
-    model: LanguageModel, prompt: bytes = b"", *, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
+    model: LanguageModel,
+    prompt: bytes = b"",
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    tokenizer: Tokenizer = BYTES,
 ) -> str:
     """The prompt and what the model adds to it."""
-    device = next(model.parameters()).device
-    tokens = torch.tensor([[DOCUMENT_START, *prompt]], device=device)
+    (tokens,) = tokenizer.encode([prompt])
     written = model.generate(
-        tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_token=DOCUMENT_START
+        tokens.long()[None].to(next(model.parameters()).device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop_token=tokenizer.document_start,
     )
-    return decode_tokens(written[0].tolist())
+    return tokenizer.decode(written[0].tolist())
 
 
 def check_text_vocabulary(vocab_size: int, name: str) -> None:
-    """Raises ValueError unless a model's vocabulary is that of text: bytes and the document start."""
-    if vocab_size != VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size of {name} must be {VOCAB_SIZE} for text (256 bytes and a document start), got {vocab_size}"
-        )
+    """Raises ValueError unless a model's vocabulary is that of text as bytes."""
+    BYTES.check_model(vocab_size, name)
+
+
+def _first_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
+    """The documents up to `limit` bytes, the last one cut where a character begins."""
+    taken: list[bytes] = []
+    for document in documents:
+        border = min(limit, len(document))
+        while 0 < border < len(document) and document[border] & 0xC0 == 0x80:
+            border -= 1
+        if border:
+            taken.append(document[:border])
+        limit -= border
+        if border < len(document):
+            break
+    # Even where the limit is less than its first character.
+    return taken or [document for document in documents if document][:1]

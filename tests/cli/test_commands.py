@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from small_tokenizer import write_tokenizer
 from typer.testing import CliRunner, Result
 
 import linear_moe
@@ -145,7 +147,15 @@ def test_train_generate_and_go_on(tmp_path: Path) -> None:
     refused("generate", tmp_path / "run", "--prompt", "99", says="tokens must be in [0, vocab_size = 64), got 99")
 
 
-def test_train_on_text_and_write_some(tmp_path: Path) -> None:
+def _folder_of(file: Path) -> Path:
+    """A folder with a copy of the file alone."""
+    folder = file.with_name(f"{file.stem}-alone")
+    folder.mkdir()
+    return Path(shutil.copy(file, folder)).parent
+
+
+def test_train_on_text_and_write_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "a.txt").write_text("the quick brown fox\n" * 50)
     config = tmp_path / "tiny.yaml"
     config.write_text(
@@ -161,6 +171,16 @@ def test_train_on_text_and_write_some(tmp_path: Path) -> None:
     written = run("generate", tmp_path / "run", "--prompt", "the", "--tokens", "4", "--temperature", "0.5")
     assert written.stdout.startswith("the")
 
+    config.write_text(config.read_text().replace("257", "280"))
+    (tmp_path / "rows.jsonl").write_text('{"body": "the quick brown fox"}\n' * 200)
+    for source in ("--data", "--dataset"):
+        tokens = ("--tokenizer", write_tokenizer(tmp_path / "tokenizer.json"), "--text-key", "body")
+        where = tmp_path / "rows.jsonl" if source == "--data" else _folder_of(tmp_path / "rows.jsonl")
+        result = run(*train, source, where, *tokens, "--output", tmp_path / f"run{source}")
+        assert result.exit_code == 0, result.output
+        assert "held-out perplexity:" in result.stdout
+    config.write_text(config.read_text().replace("280", "257"))
+
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
@@ -170,6 +190,19 @@ def test_train_on_text_and_write_some(tmp_path: Path) -> None:
     refused(*other, "--data", tmp_path / "missing", says="neither a file nor a folder")
     refused(*other, "--data", tmp_path / "folder", says="has no file named like text")
     refused(*other, "--pattern", "*.txt", says="--pattern would be ignored")
+    refused(*other, "--text-key", "body", says="--text-key would be ignored: it belongs to rows")
+    refused(*other, "--data", tmp_path / "a.txt", "--text-key", "body", says="has no rows")
+    refused(*other, "--data", "x", "--dataset", "y", says="can't both be what is learned from")
+    refused(*other, "--dataset", "y", "--held-out", "0.1", says="--held-out would be ignored")
+    refused(*other, "--split", "train", says="--split would be ignored: it belongs to --dataset")
+    refused(
+        *other, "--document-start", "<s>", says="--document-start would be ignored: it names a token of --tokenizer"
+    )
+    refused(*other, "--tokenizer", tmp_path / "a.txt", says="is no tokenizer.json")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    refused(*other, "--data", tmp_path / "rows.jsonl", says="row 2 of")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    refused(*other, "--tokenizer", tokenizer, says="vocab_size of the model is 257, but the tokeniser")
     refused(*other, "--problem", "16:2", says="--problem would be ignored: it belongs to --task mqar, not text")
     assert not (tmp_path / "other").exists()
 
@@ -182,6 +215,10 @@ def test_train_on_text_and_write_some(tmp_path: Path) -> None:
         (["train", "recall-mom", "--task", "chess"], "task must be one of mqar, text, got 'chess'"),
         ([*RECALL[:4], "--problem", "16"], "LENGTH:PAIRS"),
         ([*RECALL[:4], "--steps", "0"], "steps must be at least 1, got 0"),
+        ([*RECALL[:4], "--decay", "0.1"], "--decay would be ignored: it belongs to --schedule wsd, not cosine"),
+        ([*RECALL[:4], "--schedule", "wsd", "--decay", "0"], "decay is a fraction"),
+        ([*RECALL[:4], "--gradient-clip", "0"], "gradient_clip must be above 0"),
+        ([*RECALL[:4], "--log", "paper"], "log must be one of tensorboard, trackio, got 'paper'"),
         ([*RECALL[:4], "--data", "x"], "--data would be ignored"),
         ([*RECALL[:4], "--device", "tpu9"], "device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
         ([*RECALL[:4], "--device", "cuda:99"], "device 'cuda:99' is not on this machine"),

@@ -235,3 +235,17 @@ def test_no_tokens() -> None:
     state = model.new_state(2)
     assert model(torch.zeros(2, 0, dtype=torch.int64), state=state).shape == (2, 0, 11)
     assert state.tokens_seen.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_and_loss_of_some_places(tied: bool) -> None:
+    model = make(HYBRID + f"tie_embeddings: {str(tied).lower()}\n")
+    tokens = torch.randint(11, (2, 7))
+    places, labels = torch.tensor([12, 0, 5]), torch.tensor([1, 10, 4])
+    logits = model(tokens).flatten(0, 1)[places]
+    torch.testing.assert_close(model(tokens, places=places), logits, **EXACT)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(model(tokens, places=places, labels=labels), loss, **EXACT)
+    for wrong in ({"labels": labels}, {"labels": labels[:2], "places": places}):
+        with pytest.raises(ValueError, match="labels must be of the shape of places"):
+            model(tokens, **wrong)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from small_models import recall_task, small_model
 
-from linear_moe.training.metrics import MetricsFile, read_metrics, routing_summary
+from linear_moe.training.metrics import MetricsFile, loads_in_words, read_metrics, routing_summary
 from linear_moe.training.tasks import evaluated
 
 
@@ -31,7 +31,13 @@ def test_going_on_drops_what_will_be_done_again(tmp_path: Path) -> None:
 def test_routing_is_summed_up() -> None:
     model = small_model()
     assert routing_summary(model) == []
+    assert loads_in_words(model) == ""
     evaluated(model, recall_task().batch(0))
     (layer,) = routing_summary(model)
     assert layer["layer"] == 0
     assert abs(sum(layer["load"]) - 1) < 1e-3
+    words = loads_in_words(model)
+    assert words.startswith("memory loads ")
+    shares = [int(share.removesuffix("%")) for share in words.split()[2:]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares == [round(100 * share) for share in sorted(layer["load"], reverse=True)]

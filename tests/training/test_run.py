@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import pytest
 import torch
 from small_models import small_config
+from small_tokenizer import VOCABULARY, write_tokenizer
 
 from linear_moe.training.checkpoint import find_checkpoint, load_model
-from linear_moe.training.loop import DivergedError, StepReport
+from linear_moe.training.divergence import DivergedError
+from linear_moe.training.loop import StepReport
 from linear_moe.training.metrics import read_metrics
 from linear_moe.training.plan import RunPlan, TaskOptions
 from linear_moe.training.run import Run, resume_run, start_run
@@ -35,6 +40,8 @@ class Watcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None: ...
+
     def update(self, report: StepReport) -> None:
         self.steps.append(report.step)
         if report.step == self.interrupt_at:
@@ -45,6 +52,20 @@ def _start(folder: Path, *, steps: int = STEPS, **plan: int) -> Run:
     options = TaskOptions(task="mqar", problems=("16:3",), batch_size=4)
     settings = TrainSettings(steps=steps, accumulate=2, learning_rate=1e-2)
     return start_run(small_config(balance_bias_rate=0.01), RunPlan(options, settings, log_every=1, **plan), folder)
+
+
+def _start_on_text(folder: Path, source: Path, streamed: bool) -> Run:
+    """Rows of JSON lines, read into memory or streamed, through a tokeniser."""
+    if not source.exists():
+        (source / "rows").mkdir(parents=True)
+        rows = [{"text": f"the {colour} fox jumps over {n} dogs"} for n in range(30) for colour in ("brown", "lazy")]
+        (source / "rows" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_tokenizer(source / "tokenizer.json")
+    where = {"dataset" if streamed else "data": str(source / "rows")}
+    tokenizer = str(source / "tokenizer.json")
+    options = TaskOptions(**where, tokenizer=tokenizer, context=8, batch_size=2, held_out_documents=3)  # type: ignore[arg-type]
+    plan = RunPlan(options, TrainSettings(steps=STEPS, accumulate=2, learning_rate=1e-2), log_every=1)
+    return start_run(small_config(VOCABULARY), plan, folder)
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:
@@ -65,18 +86,30 @@ def test_a_run_leaves_metrics_a_checkpoint_a_score_and_a_sample(tmp_path: Path) 
     assert outcome.checkpoint == find_checkpoint(tmp_path)
 
 
-def test_going_on_after_ctrl_c_is_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = _start(tmp_path / "whole")
+@pytest.mark.parametrize("data", ["recall", "text", "stream"])
+def test_going_on_after_ctrl_c_is_as_if_it_had_not_been(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+    def start(folder: Path) -> Run:
+        return _start(folder) if data == "recall" else _start_on_text(folder, tmp_path / "source", data == "stream")
+
+    whole = start(tmp_path / "whole")
     whole.train(Watcher())
 
     handler = signal.getsignal(signal.SIGINT)
-    stopped = _start(tmp_path / "parts")
+    stopped = start(tmp_path / "parts")
     outcome = stopped.train(Watcher(interrupt_at=3))
     assert (outcome.step, outcome.interrupted, outcome.scores) == (3, True, {})
     assert signal.getsignal(signal.SIGINT) == handler
     load_model(outcome.checkpoint)
 
+    if data != "recall":
+        # A checkpoint has its own.
+        (tmp_path / "source" / "tokenizer.json").unlink()
     resumed = resume_run(tmp_path / "parts")
+    assert resumed.notes == ()
     watcher = Watcher()
     assert not resumed.train(watcher).interrupted
     assert watcher.steps == [4, 5, 6, 7, 8]
@@ -115,6 +148,52 @@ def test_a_run_may_be_made_longer(tmp_path: Path) -> None:
     assert longer.train(Watcher()).step == 5
 
 
+def test_what_was_left_to_do_after_the_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _start(tmp_path, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.task, "sample", lambda model: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.train(Watcher())
+    resumed = resume_run(tmp_path)
+    watcher = Watcher()
+    outcome = resumed.train(watcher)
+    assert (resumed.step, watcher.steps) == (2, [])
+    assert outcome.scores
+    assert (tmp_path / "sample.txt").exists()
+    with pytest.raises(ValueError, match="nothing is left"):
+        resume_run(tmp_path)
+
+
+def test_what_may_change_the_last_bits_is_said(tmp_path: Path) -> None:
+    _start(tmp_path, steps=1).train(Watcher())
+    assert resume_run(tmp_path, steps=2).notes == ()
+    (note,) = resume_run(tmp_path, steps=2, impl="recurrent").notes
+    assert note.endswith("impl was auto, is recurrent")
+
+
+def test_a_step_that_can_not_be_repeated_is_named(tmp_path: Path) -> None:
+    run = _start(tmp_path)
+    run.plan = replace(run.plan, settings=replace(run.plan.settings, deterministic=True))
+
+    class Watching(Watcher):
+        def update(self, report: StepReport) -> None:
+            assert torch.are_deterministic_algorithms_enabled()
+            if report.step == 2:
+                raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but ...")
+
+    with pytest.raises(ValueError, match=r"deterministic: torch has no such algorithm .* cumsum_cuda_kernel"):
+        run.train(Watching())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_text_that_has_changed_is_said(tmp_path: Path) -> None:
+    _start_on_text(tmp_path / "run", tmp_path / "source", streamed=False).train(Watcher(interrupt_at=2))
+    with (tmp_path / "source" / "rows" / "a.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n' * 30)
+    (note,) = resume_run(tmp_path / "run").notes
+    assert "is not what the run began with" in note
+
+
 def test_divergence_leaves_the_checkpoints_so_far(tmp_path: Path) -> None:
     run = _start(tmp_path, checkpoint_every=2)
 
@@ -124,8 +203,10 @@ def test_divergence_leaves_the_checkpoints_so_far(tmp_path: Path) -> None:
                 with torch.no_grad():
                     run.model.norm.weight.fill_(float("nan"))
 
-    with pytest.raises(DivergedError, match="step 4"):
+    with pytest.raises(DivergedError, match=r"step 4: .* that of norm, .*is in .*diverged-step-00000004\.pt"):
         run.train(Poison())
+    saved = torch.load(tmp_path / "diverged-step-00000004.pt", weights_only=True)
+    assert torch.equal(saved["batches"][1]["tokens"], run.task.batch(7).tokens)
     assert find_checkpoint(tmp_path).name == "step-00000002"
 
 

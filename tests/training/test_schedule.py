@@ -32,3 +32,8 @@ def test_where_it_starts_and_ends() -> None:
     assert learning_rate(0, cycle) == pytest.approx(1 / 25, abs=1e-3)
     assert learning_rate(1000, cycle) == pytest.approx(0.0)
     assert learning_rate(999, TrainSettings(steps=1000, learning_rate=1.0, schedule="constant")) == 1.0
+    wsd = TrainSettings(steps=1000, learning_rate=1.0, schedule="wsd", warmup=0.1, decay=0.3)
+    assert learning_rate(0, wsd) == pytest.approx(1 / 101)
+    assert [learning_rate(step, wsd) for step in (100, 400, 699)] == [1.0] * 3
+    assert learning_rate(849, wsd) == pytest.approx(0.5, abs=4e-3)
+    assert learning_rate(999, wsd) == pytest.approx(1 / 301)

@@ -21,7 +21,7 @@ from linear_moe.training.settings import TrainSettings
         ({"seed": -1}, "seed must be at least 0"),
         ({"warmup": 1.0}, "warmup is a fraction of the steps and must be in [0, 1), got 1.0"),
         ({"betas": (0.9, 1.0)}, "betas must be in [0, 1)"),
-        ({"schedule": "linear"}, "schedule must be one of cosine, one-cycle, constant, got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, wsd, one-cycle, constant, got 'linear'"),
         ({"precision": "fp8"}, "precision must be one of float32, bfloat16, got 'fp8'"),
     ],
 )

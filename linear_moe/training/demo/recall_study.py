@@ -22,7 +22,8 @@ from linear_moe.layers.recurrent_mixer import RecurrentMixer
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
 from linear_moe.training.demo.parallel import Report, run_jobs
-from linear_moe.training.loop import DivergedError, optimise
+from linear_moe.training.divergence import DivergedError
+from linear_moe.training.loop import optimise
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.settings import TrainSettings
 from linear_moe.training.tasks import RecallTask
