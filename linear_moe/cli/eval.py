@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from linear_moe.cli.console import make_console, make_progress
+from linear_moe.cli.loading import load_with_vocabulary
 from linear_moe.cli.options import Device, Precision, Threads, choose_device, choose_dtype, set_threads
 from linear_moe.data.vocabulary import Vocabulary, vocabulary_of
 from linear_moe.evaluation.plots import plot_result
@@ -19,7 +20,6 @@ from linear_moe.evaluation.segments import Sizes
 from linear_moe.evaluation.suites import SUITES, EvaluationOptions, check_suites, run_suite, suites_of
 from linear_moe.models.library import load_config, shipped_configs
 from linear_moe.models.model import LanguageModel, build_model
-from linear_moe.training.checkpoint import load_model
 from linear_moe.training.extras import MissingExtraError
 
 _DEFAULTS = EvaluationOptions()
@@ -115,8 +115,7 @@ def eval_(
     )
     where = choose_device(device)
     dtype = choose_dtype(precision)
-    model = _load(checkpoint, tuple(suite or ()), where).to(dtype).eval()
-    vocabulary = vocabulary_of(model.config.vocab_size)
+    model, vocabulary = _load(checkpoint, tuple(suite or ()), where, dtype)
     names = tuple(dict.fromkeys(suite or suites_of(vocabulary)))
     check_suites(names, vocabulary)
     _refuse_ignored(context, names)
@@ -132,16 +131,19 @@ def eval_(
         typer.echo(json.dumps([result.as_dict() for result in results], indent=2))
 
 
-def _load(checkpoint: Path, suites: tuple[str, ...], device: torch.device) -> LanguageModel:
+def _load(
+    checkpoint: Path, suites: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, Vocabulary]:
     """The model of a checkpoint; or one that nothing was learned by, where only its speed is asked for."""
     is_config = checkpoint.is_file() or (not checkpoint.exists() and str(checkpoint) in shipped_configs())
     if not is_config:
-        return load_model(checkpoint, device=device)
+        return load_with_vocabulary(checkpoint, device, dtype)
     if set(suites) != {"decode-speed"}:
         raise ValueError(
             f"{str(checkpoint)!r} is a configuration, without weights: only --suite decode-speed says something of it"
         )
-    return build_model(load_config(checkpoint), device=device)
+    model = build_model(load_config(checkpoint), device=device, dtype=dtype).eval()
+    return model, vocabulary_of(model.config.vocab_size)
 
 
 def _run(name: str, model: LanguageModel, vocabulary: Vocabulary, options: EvaluationOptions) -> Result:

@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from linear_moe.cli.generate_batch import complete_prompts, read_prompts
+from linear_moe.cli.loading import load_with_vocabulary
 from linear_moe.cli.options import Device, Precision, Threads, choose_device, choose_dtype, set_threads
 from linear_moe.cli.writer import Writer, converse
-from linear_moe.data.vocabulary import vocabulary_of
 from linear_moe.models.sampling import Sampling
-from linear_moe.training.checkpoint import load_model
 
 
 def generate(
@@ -58,7 +57,8 @@ def generate(
 ) -> None:
     """Continue a prompt, a file of prompts, or a conversation with a trained model. Text appears as it is written.
 
-    A model with a vocabulary of 257 is one of bytes: prompts are text. Any other takes and prints token numbers.
+    Prompts are text for a model that was trained with a tokeniser's file, or on bytes (a vocabulary of 257). Any other takes
+    and prints token numbers.
 
     With --tokens 0, --context and --save-state a long text is read once; --load-state goes on from it at once, with the
     same bits, as often as you like: with --prompts each prompt follows it.
@@ -71,8 +71,7 @@ def generate(
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     sampling, where = Sampling(temperature, top_k, top_p), choose_device(device)
-    model = load_model(checkpoint, device=where).to(choose_dtype(precision)).eval()
-    vocabulary = vocabulary_of(model.config.vocab_size)
+    model, vocabulary = load_with_vocabulary(checkpoint, where, choose_dtype(precision))
     rows = None if prompts is None else read_prompts(prompts, vocabulary)
     writer = Writer(
         model,

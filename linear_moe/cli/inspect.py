@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
+from linear_moe.cli.loading import load_with_vocabulary
 from linear_moe.cli.options import Device, Threads, choose_device, set_threads
-from linear_moe.data.vocabulary import vocabulary_of
 from linear_moe.evaluation.inspection import inspect_text
 from linear_moe.evaluation.page import page_of
-from linear_moe.training.checkpoint import load_model
 
 
 def inspect(
@@ -39,8 +38,7 @@ def inspect(
         raise ValueError(f"--text: there is no file {str(text)!r}")
     if not output.parent.is_dir():
         raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
-    model = load_model(checkpoint, device=choose_device(device)).eval()
-    vocabulary = vocabulary_of(model.config.vocab_size)
+    model, vocabulary = load_with_vocabulary(checkpoint, choose_device(device))
     content = vocabulary.read(text)
     if not content:
         raise ValueError(f"the text file {str(text)!r} is empty")

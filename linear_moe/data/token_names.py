@@ -49,7 +49,12 @@ def _character(tokens: Sequence[int], place: int) -> tuple[str, int]:
             character = bytes(part).decode("utf-8")
         except UnicodeDecodeError:
             continue
-        if character in _SIGNS:
-            return _SIGNS[character], width
-        return (character if character.isprintable() else f"\\u{ord(character):04x}"), width
+        return sign_of(character), width
     return f"\\x{tokens[place]:02x}", 1
+
+
+def sign_of(character: str) -> str:
+    """A character, or what can be seen in place of one that can't."""
+    if character in _SIGNS:
+        return _SIGNS[character]
+    return character if character.isprintable() else f"\\u{ord(character):04x}"
