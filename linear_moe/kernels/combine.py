@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import cdiv
+from linear_moe.kernels.launch import launch_kernel
 
 LARGEST_VALUE_DIM = 256
 
@@ -183,7 +184,9 @@ def forward(
     """
     output = gate.new_empty(gate.shape)
     if output.numel():
-        _forward_kernel[(gate.shape[0],)](
+        launch_kernel(
+            _forward_kernel,
+            gate.shape[0],
             reads,
             place,
             weights,
@@ -209,7 +212,9 @@ def backward(
         return Gradients(d_reads, d_weights, d_gate, torch.zeros_like(norm_weight))
     num_programs = cdiv(num_tokens, LAUNCH.tokens)
     d_norm = norm_weight.new_empty(num_programs, norm_weight.shape[0], dtype=torch.float32)
-    _backward_kernel[(num_programs,)](
+    launch_kernel(
+        _backward_kernel,
+        num_programs,
         d_output,
         reads,
         place,

@@ -33,7 +33,9 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     )
     compiled = _compiled.get(key)
     if compiled is None:
-        _constants[id(kernel)] = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+        constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+        assert [parameter.name for parameter in kernel.params[len(arguments) :]] == constants, "constants by name, last"
+        _constants[id(kernel)] = constants
         _compiled[key] = kernel[(grid,)](*arguments, **options)
         return
     compiled[(grid, 1, 1)](*arguments, *[options[name] for name in _constants[id(kernel)]])

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import block_of, cdiv
+from linear_moe.kernels.launch import launch_kernel
 
 NORM_EPS = tl.constexpr(1e-6)
 """Inside the square root; the rules' l2 norm has the same."""
@@ -440,7 +441,9 @@ def forward(conv: Conv) -> Tensor:
     tile, block, head = conv.tile(FORWARD.channels)
     walks, length = walks_of(FORWARD, conv.num_slots, conv.x.device)
     if conv.num_slots:
-        _forward_kernel[(cdiv(conv.num_slots, walks * length) * cdiv(conv.channels, tile),)](
+        launch_kernel(
+            _forward_kernel,
+            cdiv(conv.num_slots, walks * length) * cdiv(conv.channels, tile),
             conv.x,
             conv.source,
             conv.state,
@@ -496,7 +499,9 @@ def backward(
     num_sums = conv.width + (conv.bias is not None)
     sums = conv.x.new_empty(runs, num_sums, conv.channels, dtype=torch.float32)
     if runs:
-        _backward_kernel[(cdiv(runs, walks) * cdiv(conv.channels, tile),)](
+        launch_kernel(
+            _backward_kernel,
+            cdiv(runs, walks) * cdiv(conv.channels, tile),
             d_output,
             d_carried,
             conv.x,
@@ -538,7 +543,9 @@ def _sum_slots(d_slots: Tensor, place: Tensor | None, num_tokens: int) -> Tensor
     block = block_of(channels, COPY.channels)
     rows = COPY.numbers // block
     if num_tokens:
-        _sum_slots_kernel[(cdiv(num_tokens, rows) * cdiv(channels, block),)](
+        launch_kernel(
+            _sum_slots_kernel,
+            cdiv(num_tokens, rows) * cdiv(channels, block),
             d_slots,
             place,
             d_x,

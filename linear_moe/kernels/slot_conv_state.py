@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import block_of, cdiv
+from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.slot_conv import (
     COPY,
     Conv,
@@ -107,7 +108,9 @@ def carry(conv: Conv) -> Tensor:
     carried = conv.x.new_empty(conv.num_segments, conv.width, conv.channels, dtype=dtype)
     block = block_of(conv.channels, COPY.channels)
     rows = COPY.numbers // block
-    _carry_kernel[(cdiv(conv.num_segments * conv.width, rows) * cdiv(conv.channels, block),)](
+    launch_kernel(
+        _carry_kernel,
+        cdiv(conv.num_segments * conv.width, rows) * cdiv(conv.channels, block),
         conv.x,
         conv.source,
         conv.state,
@@ -130,7 +133,9 @@ def state_gradient(conv: Conv, d_output: Tensor, d_carried: Tensor | None) -> Te
     d_state = torch.empty_like(conv.state)
     tile, block, head = conv.tile(STATE_GRADIENT.channels)
     rows = STATE_GRADIENT.numbers // block
-    _state_gradient_kernel[(cdiv(conv.num_segments, rows) * cdiv(conv.channels, tile),)](
+    launch_kernel(
+        _state_gradient_kernel,
+        cdiv(conv.num_segments, rows) * cdiv(conv.channels, tile),
         d_output,
         d_carried,
         conv.x,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import cdiv
+from linear_moe.kernels.launch import launch_kernel
 
 
 class Launch(NamedTuple):
@@ -164,7 +165,9 @@ def sort(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) 
     upto, begin = (memory.new_empty(num_states + 1, num_blocks, dtype=torch.int32) for _ in range(2))
     slots, cu_seqlens = memory.new_empty(num_states), memory.new_empty(num_borders)
     sizes = (num_slots, num_states, num_sequences, num_blocks)
-    _count_kernel[(num_blocks,)](
+    launch_kernel(
+        _count_kernel,
+        num_blocks,
         memory,
         sequence,
         upto,
@@ -174,10 +177,20 @@ def sort(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) 
         BINS=min(launch.bins, 1 << num_states.bit_length()),
         num_warps=launch.num_warps,
     )
-    _walk_kernel[(num_states + 1,)](
-        upto, begin, slots, num_states, num_blocks, BLOCKS=launch.blocks, num_warps=launch.num_warps
+    launch_kernel(
+        _walk_kernel,
+        num_states + 1,
+        upto,
+        begin,
+        slots,
+        num_states,
+        num_blocks,
+        BLOCKS=launch.blocks,
+        num_warps=launch.num_warps,
     )
-    _place_kernel[(num_blocks,)](
+    launch_kernel(
+        _place_kernel,
+        num_blocks,
         memory,
         sequence,
         begin,
@@ -189,7 +202,9 @@ def sort(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) 
         COLUMNS=launch.columns,
         num_warps=launch.num_warps,
     )
-    _borders_kernel[(cdiv(num_borders, launch.borders),)](
+    launch_kernel(
+        _borders_kernel,
+        cdiv(num_borders, launch.borders),
         sequence,
         begin,
         order,

@@ -7,7 +7,6 @@ from its own. Only segments longer than a split pay for it.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import cdiv
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.static_tensors import static
 
 SEGMENTS_BLOCK = 1024
 PIECES_BLOCK = 256
@@ -96,14 +96,7 @@ class Ragged(NamedTuple):
             return whole(self.cu_seqlens)
         if not self.uniform(num_tokens):
             return cut(self.cu_seqlens, num_tokens, length, self.max_length)
-        device = self.cu_seqlens.device
-        sizes = (self.num_segments, self.max_length, length, device)
-        if device.type != "cuda":
-            return _uniform_pieces(*sizes)
-        if torch.cuda.is_current_stream_capturing():
-            # What a capture allocates is its own.
-            return _uniform_pieces.__wrapped__(*sizes)
-        return _uniform_pieces(*sizes, torch.cuda.current_stream(device).cuda_stream)
+        return _uniform_pieces(self.num_segments, self.max_length, length, self.cu_seqlens.device)
 
     def num_pieces(self, num_tokens: int, length: int) -> int:
         """P of `pieces`."""
@@ -132,21 +125,17 @@ def whole(cu_seqlens: Tensor) -> Splits:
     return Splits(cu_seqlens.unfold(0, 2, 1), None, None, None, None, None, 1)
 
 
-@functools.lru_cache(maxsize=64)
-def _uniform_pieces(
-    num_segments: int, segment_length: int, length: int, device: torch.device, stream: int | None = None
-) -> Splits:
-    """Segments of one length cut into pieces: made once for a `stream`, on which what uses it comes after."""
+@static
+def _uniform_pieces(num_segments: int, segment_length: int, length: int, device: torch.device) -> Splits:
+    """Segments of one length cut into pieces."""
     each = max(cdiv(segment_length, length), 1)
-    # A tensor that is kept must serve outside of inference mode too.
-    with torch.inference_mode(False):
-        piece = torch.arange(num_segments * each, device=device)
-        owner, place = piece // each, piece % each
-        start = owner * segment_length + place * length
-        borders = torch.stack((start, torch.minimum(start + length, (owner + 1) * segment_length)), -1)
-        kept = (place + 1 < each, place > 0, (place >= 0) & (each > 1))
-        leading, trailing, several = (torch.where(which[:, None], borders, 0) for which in kept)
-        first = torch.arange(num_segments + 1, device=device) * each
+    piece = torch.arange(num_segments * each, device=device)
+    owner, place = piece // each, piece % each
+    start = owner * segment_length + place * length
+    borders = torch.stack((start, torch.minimum(start + length, (owner + 1) * segment_length)), -1)
+    kept = (place + 1 < each, place > 0, (place >= 0) & (each > 1))
+    leading, trailing, several = (torch.where(which[:, None], borders, 0) for which in kept)
+    first = torch.arange(num_segments + 1, device=device) * each
     return Splits(borders, first, owner, leading, trailing, several, each)
 
 

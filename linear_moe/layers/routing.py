@@ -11,6 +11,7 @@ from linear_moe.layers.auxiliary import AuxiliaryLoss
 from linear_moe.layers.balance import BalanceBias, balance_loss, load_fractions, z_loss
 from linear_moe.rules.base import upcast
 from linear_moe.rules.validate import check_coefficient, check_count
+from linear_moe.static_tensors import static
 
 ROUTER_SCORES = ("softmax", "sigmoid")
 
@@ -184,6 +185,7 @@ class SlotPlan:
     """Whether it is known that slot i is token i and stays at place i."""
 
 
+@static
 def slots_of_batch(num_sequences: int, length: int, device: torch.device) -> SlotPlan:
     """The plan of one memory and a batch without pads: there is nothing to sort."""
     places = torch.arange(num_sequences * length, device=device)

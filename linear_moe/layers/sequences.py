@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.rules.validate import check_cu_seqlens, check_padding_mask
+from linear_moe.static_tensors import static
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,18 @@ def describe_sequences(x: Tensor, padding_mask: Tensor | None = None, cu_seqlens
         return _packed(x, batch, length, cu_seqlens)
     if padding_mask is not None:
         return _padded(x, batch, length, padding_mask)
-    rows = torch.arange(batch, device=x.device)
+    return _batch(batch, length, x.device)
+
+
+@static
+def _batch(batch: int, length: int, device: torch.device) -> Sequences:
     return Sequences(
         num_sequences=batch,
         max_length=length,
-        index=rows.repeat_interleave(length),
-        valid=torch.ones(batch * length, dtype=torch.bool, device=x.device),
-        position=torch.arange(length, device=x.device).repeat(batch),
-        lengths=torch.full((batch,), length, dtype=torch.int64, device=x.device),
+        index=torch.arange(batch, device=device).repeat_interleave(length),
+        valid=torch.ones(batch * length, dtype=torch.bool, device=device),
+        position=torch.arange(length, device=device).repeat(batch),
+        lengths=torch.full((batch,), length, dtype=torch.int64, device=device),
     )
 
 

@@ -14,9 +14,11 @@ from linear_moe.rules.linear_attention import with_short_conv
 from linear_moe.rules.registry import register_rule
 from linear_moe.rules.scan import run_op
 from linear_moe.rules.transforms import rotary
+from linear_moe.static_tensors import static
 
 
-def retention_log_decay(num_heads: int, device: torch.device | None = None) -> Tensor:
+@static
+def retention_log_decay(num_heads: int, device: torch.device) -> Tensor:
     """log(1 - 2^(-5 - h)) of head h (2307.08621, eq. 8): `[H]` float32."""
     # log1p, not log: 1 - 2^(-5 - h) rounds to 1 in float32 from h = 19 on.
     return torch.log1p(-torch.exp2(torch.arange(-5, -5 - num_heads, -1, device=device, dtype=torch.float32)))

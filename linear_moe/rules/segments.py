@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.static_tensors import static
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -36,12 +38,18 @@ class Segments:
         return self.cu_seqlens.diff()
 
 
+@static
+def batch_borders(batch: int, length: int, device: torch.device) -> Tensor:
+    """`cu_seqlens` of a batch without pads."""
+    return torch.arange(batch + 1, device=device) * length
+
+
 def segments_of(
     batch: int, length: int, cu_seqlens: Tensor | None, max_length: int | None, device: torch.device
 ) -> Segments:
     """The segments of an input `[B, T, ...]`; `max_length` bounds a packed segment's tokens without a look at them."""
     if cu_seqlens is None:
-        return Segments(torch.arange(batch + 1, device=device) * length, batch * length, length, dense=True)
+        return Segments(batch_borders(batch, length, device), batch * length, length, dense=True)
     borders = cu_seqlens.to(device=device, dtype=torch.int64)
     if device.type == "cpu" and borders.numel() > 1:
         # At least 1: with every token in no segment there is still a graph to give gradients of 0.

@@ -23,7 +23,7 @@ def _tokens(positions: Tensor, raw: dict[str, Tensor] | None = None) -> Tokens:
 
 
 def test_the_gamma_of_head_h_is_1_minus_2_to_the_minus_5_minus_h() -> None:
-    decays = retention_log_decay(40)
+    decays = retention_log_decay(40, torch.device("cpu"))
     for head, log_decay in enumerate(decays.tolist()):
         # log(1 - x) = -x (1 + x / 2 + x^2 / 3 + ...): exact where 1 - x itself rounds to 1 in float32.
         x = Fraction(1, 2 ** (5 + head))
