@@ -530,13 +530,14 @@ def backward(
         )
     summed = sums.sum(0)
     return Gradients(
-        d_slots if d_slots is None or conv.source is None else _sum_slots(d_slots, place, conv.x.shape[0]),
+        d_slots if d_slots is None or conv.source is None else sum_slots(d_slots, place, conv.x.shape[0]),
         summed[: conv.width].T.contiguous().to(conv.weight.dtype),
         None if conv.bias is None else summed[conv.width].to(conv.bias.dtype),
     )
 
 
-def _sum_slots(d_slots: Tensor, place: Tensor | None, num_tokens: int) -> Tensor:
+def sum_slots(d_slots: Tensor, place: Tensor | None, num_tokens: int) -> Tensor:
+    """Each token's sum over its slots `[S, C]`."""
     assert place is not None
     channels = d_slots.shape[1]
     d_x = d_slots.new_empty(num_tokens, channels)

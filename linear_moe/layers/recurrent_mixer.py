@@ -370,7 +370,7 @@ class RecurrentMixer(nn.Module, ABC):
         raw: dict[str, Tensor] = {}
         if self.memory_weight is not None:
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
-            routed = gather_tokens(tokens, plan, fan_out)
+            routed = gather_tokens(tokens, plan, fan_out, kernel=True)
             projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
             # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
             leading = [self.conv_parts[name] for name in itertools.takewhile(self._convolves, self.memory_projections)]
@@ -394,7 +394,7 @@ class RecurrentMixer(nn.Module, ABC):
                 if self._convolves(name):
                     raw[name] = conv.of(self.conv_parts[name], column, by_token=True)
                 else:
-                    raw[name] = gather_tokens(column, plan, fan_out)
+                    raw[name] = gather_tokens(column, plan, fan_out, kernel=True)
         for name in self._names():
             if not self._convolves(name):
                 value = self._finish(name, raw[name], plan, cu_memories, covered)

@@ -126,7 +126,7 @@ class Router(nn.Module):
             scores = torch.sigmoid(logits)
             probabilities = _normalized(scores)
         selection = scores.detach() if self.bias is None else self.bias(scores.detach())
-        indices = torch.sort(selection, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        indices = best_first(selection, self.top_k)
         weights = scores.gather(-1, indices)
         if self.renormalize and (self.top_k > 1 or self.num_choices == 1):
             weights = _normalized(weights)
@@ -151,6 +151,22 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         parts = f"num_choices={self.num_choices}, top_k={self.top_k}, score={self.score}"
         return parts + (f", z_loss_weight={self.z_loss_weight}" if self.z_loss_weight else "")
+
+
+FEW_PICKS = 4
+"""Up to so many picks, finding each in turn takes a GPU less time than sorting a token's scores."""
+
+
+def best_first(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of `scores` `[S, M]`, best first, ties to the lowest: `[S, count]`."""
+    if count > FEW_PICKS:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :count]
+    picks: list[Tensor] = []
+    for _ in range(count):
+        if picks:
+            scores = scores.scatter(-1, picks[-1], -torch.inf)
+        picks.append(scores.argmax(-1, keepdim=True))
+    return torch.cat(picks, -1)
 
 
 def _normalized(scores: Tensor) -> Tensor:

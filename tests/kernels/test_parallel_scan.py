@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DELTA_FORMS, DTYPES, SCALAR_FORMS, Case, check, check_drawn
+from cases import DELTA_FORMS, DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn
 from scan_laws import Law, clean, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
@@ -39,7 +39,7 @@ def test_wide_states_are_stored_and_read_in_parallel(monkeypatch: pytest.MonkeyP
 
 
 @every_form
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cpu" else DTYPES[1:], ids=str)
 def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype) -> None:
     check_drawn(form, dtype)
 
@@ -47,6 +47,8 @@ def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype
 @some_forms
 @every_law
 def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cuda" and dtype == torch.float32:
+        pytest.skip("on a GPU float32 never comes here")
     law(form, dtype, monkeypatch)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linear_moe.layers import Router, Routing
-from linear_moe.layers.routing import ordered_sum, sort_slots
+from linear_moe.layers.routing import best_first, ordered_sum, sort_slots
 
 
 def route(router: Router, x: Tensor, valid: Tensor | None = None) -> Routing:
@@ -90,6 +90,16 @@ def test_weights_are_the_picked_scores(score: str, top_k: int, renormalize: bool
 
 def test_one_choice_of_one_has_weight_1() -> None:
     assert torch.equal(route(Router(5, 1, 1), torch.randn(3, 5)).weights, torch.ones(3, 1))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_picks_are_the_largest_best_first(choices: int, count: int, data: st.DataObject) -> None:
+    """Few numbers, so that there are ties."""
+    rows = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=choices, max_size=choices)
+    scores = torch.tensor(data.draw(st.lists(rows, min_size=1, max_size=4)))
+    count = min(count, choices)
+    expected = [sorted(range(choices), key=lambda at: (-row[at], at))[:count] for row in scores.tolist()]
+    assert best_first(scores, count).tolist() == expected
 
 
 def test_ties_go_to_the_lowest_index() -> None:
