@@ -33,7 +33,7 @@ from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.retnet import retention_log_decay
 from linear_moe.rules.scan import scan
-from linear_moe.testing.budget import error_budget
+from linear_moe.testing.budget import decay_gradient_terms, error_budget
 
 HERE = Path(__file__).resolve().parent
 
@@ -162,7 +162,13 @@ def wrong(run: Run, rule: str, shape: Shape) -> str | None:
         candidate = measured(run)
     except Exception as error:
         return f"does not run: {type(error).__name__}: {error}"
-    budgets = error_budget(candidate, measured(reference), measured(reference, torch.float64), torch.bfloat16)
+    exact = measured(reference, torch.float64)
+    terms = {}
+    if FORMS[rule].decay is Decay.SCALAR:
+        flat = [x.flatten(0, 1) for x in (inputs["v"].detach(), exact["v"])]
+        cuts = torch.arange(short.batch + 1) * short.length if cu_seqlens is None else cu_seqlens
+        terms["log_decay"] = decay_gradient_terms(*flat, cuts)
+    budgets = error_budget(candidate, measured(reference), exact, torch.bfloat16, terms)
     return "; ".join(str(budget) for budget in budgets if not budget.holds) or None
 
 

@@ -8,6 +8,7 @@ numbers by its nature, as the gradient of a decay is, has the rounding of those 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,26 @@ def assert_within_budget(
     over = [budget for budget in error_budget(candidate, reference, exact, dtype, terms) if not budget.holds]
     if over:
         raise AssertionError("over the error budget: " + "; ".join(str(budget) for budget in over))
+
+
+def decay_gradient_terms(v: Tensor, d_v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """What the gradient of a scalar log decay is a difference of: for each token, <v, dv> from it to its segment's end.
+
+    That is what all later tokens read of what was written since, its own read among it; <q, dq> is the other term.
+
+    Args:
+        v: `[S, H, V]`
+        d_v: its gradient, float64.
+        cu_seqlens: `[N + 1]` borders of the segments; 0 for tokens past the last.
+
+    Returns:
+        `[S, H]` float64.
+    """
+    written = (v.double() * d_v).sum(-1)
+    terms = torch.zeros_like(written)
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+        terms[begin:end] = written[begin:end].flip(0).cumsum(0).flip(0)
+    return terms
 
 
 def _largest(x: Tensor) -> float:

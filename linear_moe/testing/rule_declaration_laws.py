@@ -28,7 +28,9 @@ def _tokens(case: Case) -> None:
         if rule.normalizes_qk:
             for name in ("q", "k"):
                 heads = inputs.by_token[name].unflatten(-1, (rule.dims.num_heads, rule.dims.head_dim))
-                require_same_bits(f"{name} {where} of a rule that normalizes_qk", _named(tokens)[name], l2_norm(heads))
+                require_same_bits(
+                    f"{name} {where} of a rule that normalizes_qk", _named(tokens)[name], l2_norm(heads)[None]
+                )
         # A hundred standard deviations: saturated gates, as a training run that goes wrong makes them.
         large = {name: 100 * x for name, x in inputs.by_token.items()}
         _require_gates(inputs.with_tensors(large).tokens(), f"{where} a hundred times as large")

@@ -5,7 +5,6 @@ On a machine without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from linear_moe.kernels import gated_deltanet, gla, library, parallel_scan, piec
 from linear_moe.kernels.splits import Ragged
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
-from linear_moe.testing.budget import assert_within_budget
+from linear_moe.testing.budget import assert_within_budget, decay_gradient_terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
@@ -202,20 +201,10 @@ def check(case: Case, inputs: Mapping[str, Tensor] | None = None, terms: Terms |
     inputs = draw(case) if inputs is None else inputs
     candidate = results(kernels, case, inputs)
     reference, exact = results(chunked, case, inputs), results(chunked, case, inputs, torch.float64)
-    terms_of = crossing_terms(case, inputs, exact) | ({} if terms is None else dict(terms(exact)))
-    assert_within_budget(candidate, reference, exact, case.dtype, terms_of)
-
-
-def crossing_terms(case: Case, inputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the gradient of a scalar decay, what it is a difference of: what is read of all later tokens' writes, <v, dv>, and by
-    them, <q, dq>, to the end of the segment.
-    """
-    if case.form.decay is not Decay.SCALAR:
-        return {}
-    written = (inputs["v"].double() * exact["d_v"]).sum(-1)
-    borders = case.cu_seqlens.tolist()
-    sums = [written[begin:end].flip(0).cumsum(0) for begin, end in itertools.pairwise(borders)]
-    return {"d_log_decay": torch.cat(sums)}
+    larger = {} if terms is None else dict(terms(exact))
+    if case.form.decay is Decay.SCALAR:
+        larger["d_log_decay"] = decay_gradient_terms(inputs["v"], exact["d_v"], case.cu_seqlens)
+    assert_within_budget(candidate, reference, exact, case.dtype, larger)
 
 
 def num_examples(dtype: torch.dtype) -> int:

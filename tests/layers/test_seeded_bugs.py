@@ -14,7 +14,7 @@ from torch import Tensor
 from linear_moe import MoMLayer, get_rule
 from linear_moe.layers import mom, recurrent_mixer, routing, slots
 from linear_moe.layers.recurrent_mixer import Assignment
-from linear_moe.layers.routing import SlotPlan, sort_slots
+from linear_moe.layers.routing import SlotPlan, best_first, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import short_conv
 from linear_moe.rules.base import Tokens
@@ -53,8 +53,8 @@ def counts_from_positive_weights(patch: Patch) -> None:
     """A slot whose weight underflowed to 0 is taken for one that was not routed."""
     assign = MoMLayer._assign
 
-    def bug(self: MoMLayer, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
-        assignment, loss = assign(self, tokens, sequences)
+    def bug(self: MoMLayer, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
+        assignment, loss = assign(self, tokens, sequences, kernel)
         assert assignment.weights is not None
         memory = torch.where(assignment.weights > 0, assignment.memory, self.num_states)
         return Assignment(memory, assignment.weights), loss
@@ -204,7 +204,7 @@ def a_tokens_gradient_is_its_first_slots(patch: Patch) -> None:
         (place,) = ctx.saved_tensors
         if ctx.fan_out == 1:
             return backward(ctx, *gradients)
-        return gradients[0].index_select(0, place).unflatten(0, (-1, ctx.fan_out))[:, 0], None, None, None
+        return gradients[0].index_select(0, place).unflatten(0, (-1, ctx.fan_out))[:, 0], None, None, None, None
 
     patch.setattr(slots._GatherTokens, "backward", staticmethod(bug))
 
@@ -221,22 +221,17 @@ def a_state_with_gradients_is_mutated(patch: Patch) -> None:
 
 
 def ties_go_to_the_highest_index(patch: Patch) -> None:
-    sort = torch.sort
+    def bug(scores: Tensor, count: int) -> Tensor:
+        return scores.shape[-1] - 1 - best_first(scores.flip(-1), count)
 
-    def bug(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        if not options.get("descending"):
-            return sort(x, *arguments, **options)
-        result = sort(x.flip(-1), *arguments, **options)
-        return type(result)((result.values, x.shape[-1] - 1 - result.indices))
-
-    patch.setattr(torch, "sort", bug)
+    patch.setattr(routing, "best_first", bug)
 
 
 def training_drops_half_the_weight(patch: Patch) -> None:
     assign = MoMLayer._assign
 
-    def bug(self: MoMLayer, tokens: Tensor, sequences: Sequences) -> tuple[Assignment, Tensor | None]:
-        assignment, loss = assign(self, tokens, sequences)
+    def bug(self: MoMLayer, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
+        assignment, loss = assign(self, tokens, sequences, kernel)
         assert assignment.weights is not None
         return assignment._replace(weights=assignment.weights * (0.5 if self.training else 1.0)), loss
 
