@@ -62,8 +62,10 @@ class GateParameters(KeepsFloat32):
             else:
                 parameter.copy_(spec.init(spec.shape))
 
-    def of_slots(self, memory: Tensor) -> dict[str, Tensor]:
-        """Each parameter by name, those per memory as one row a slot, `memory` `[B, R]` being each slot's memory."""
+    def of_slots(self, memory_of_slots: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Each parameter by name; those per memory as a row a slot, whose memories `[B, R]` are asked for if there are any."""
+        stacked = any(spec.per_memory for spec in self.declared.values())
+        memory = memory_of_slots() if stacked else None
         return {
             name: self.get_parameter(name)[memory] if spec.per_memory else self.get_parameter(name)
             for name, spec in self.declared.items()

@@ -266,15 +266,15 @@ class RecurrentMixer(nn.Module, ABC):
             raw = {name: activate(value, self.activations[name]) for name, value in raw.items()}
             normalized = False
         raw = {name: value[None] for name, value in raw.items()}
-        positions = sequences.position
-        if state is not None:
-            positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
-        parameters = self.gate_parameters.of_slots(self._memory_of_slots(plan, cu_memories)[None])
-        slot_positions = (positions if plan.identity else positions[plan.order // fan_out])[None]
+        parameters = self.gate_parameters.of_slots(lambda: self._memory_of_slots(plan, cu_memories)[None])
         if normalized:
             rule_tokens = self.rule.normalized_tokens(raw, parameters)
         else:
-            rule_tokens = self.rule.tokens(raw, parameters, slot_positions)
+            positions = sequences.position
+            if state is not None:
+                positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
+            slot_positions = positions if plan.identity else positions[plan.order // fan_out]
+            rule_tokens = self.rule.tokens(raw, parameters, slot_positions[None])
         result = scan(
             rule_tokens,
             form=self.rule.form,

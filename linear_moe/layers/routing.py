@@ -134,19 +134,23 @@ class Router(nn.Module):
         load = load_fractions(indices, self.num_choices, valid, scores.dtype)
         if self.bias is not None and self.training:
             self.bias.observe(load)
-        balance, z = balance_loss(probabilities, load, valid), z_loss(logits, valid)
-        entropies = -(probabilities * torch.log(probabilities.clamp_min(torch.finfo(scores.dtype).tiny))).sum(-1)
+        balance = balance_loss(probabilities, load, valid)
+        # What is only looked at has no gradient to be made.
+        z = z_loss(logits if self.z_loss_weight else logits.detach(), valid)
+        seen = probabilities.detach()
+        entropies = -(seen * torch.log(seen.clamp_min(torch.finfo(scores.dtype).tiny))).sum(-1)
         entropy = torch.where(valid, entropies, 0).sum() / valid.sum().clamp_min(1)
         routing = Routing(
             indices=indices,
             weights=weights,
             valid=valid,
             load=load.detach(),
-            entropy=entropy.detach(),
+            entropy=entropy,
             balance_loss=balance.detach(),
             z_loss=z.detach(),
         )
-        return routing, self.balance_weight * balance + self.z_loss_weight * z
+        loss = self.balance_weight * balance
+        return routing, loss + self.z_loss_weight * z if self.z_loss_weight else loss
 
     def extra_repr(self) -> str:
         parts = f"num_choices={self.num_choices}, top_k={self.top_k}, score={self.score}"

@@ -73,7 +73,7 @@ def test_each_memory_has_its_own_draw() -> None:
 
 def test_slots_read_the_row_of_their_memory() -> None:
     gates = GateParameters(DECLARED, 4)
-    read = gates.of_slots(torch.tensor([[2, 2, 0]]))
+    read = gates.of_slots(lambda: torch.tensor([[2, 2, 0]]))
     assert torch.equal(read["own"], gates.get_parameter("own")[[2, 2, 0]][None])
     assert read["rate"] is gates.get_parameter("rate")
 
