@@ -13,6 +13,7 @@ from linear_moe.layers.attention_state import AttentionState
 from linear_moe.layers.checks import check_input, check_state
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.sequences import Sequences, describe_sequences
+from linear_moe.rules.looks import may_look
 from linear_moe.rules.segments import Segments, pad_segments, segments_of, unpad_segments
 from linear_moe.rules.transforms import rotary
 
@@ -145,7 +146,7 @@ class SoftmaxAttention(nn.Module):
             add = state.extended if state.used is None else state.filled
             columns = add(rows.k, rows.v, rows.positions, rows.valid)
         alone = columns.num_columns == x.shape[1] and padding_mask is None and cu_seqlens is None
-        if cu_seqlens is not None and state is None and x.device.type == "cpu":
+        if cu_seqlens is not None and state is None and may_look(x.device):
             output = self._attend_documents(rows, cu_seqlens)
         else:
             causal = alone and (self.window is None or x.shape[1] <= self.window)

@@ -6,8 +6,6 @@ gated sum of a token's reads. Where they don't run, PyTorch makes the same numbe
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 from typing import NamedTuple
 
@@ -19,20 +17,15 @@ from linear_moe.layers.projections import autocast_dtype
 from linear_moe.layers.routing import SlotPlan
 from linear_moe.layers.sequences import Sequences
 from linear_moe.rules.base import Projection
-from linear_moe.rules.scan import TRUSTED_KERNEL_DTYPES
+from linear_moe.rules.scan import TRITON_INSTALLED, TRUSTED_KERNEL_DTYPES
 
 LARGEST_CONV_WIDTH = 8
 LARGEST_HEAD = 256
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def kernels_run(x: Tensor, impl: str) -> bool:
     """Whether a layer that was built for `impl` takes these kernels for the input `x`."""
-    if impl not in ("auto", "triton") or not _triton_installed():
+    if impl not in ("auto", "triton") or not TRITON_INSTALLED:
         return False
     dtype = autocast_dtype(x)
     if x.device.type == "cuda":

@@ -61,5 +61,7 @@ def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
     if x.shape[0] == 0 or weight.shape[1] == 0:
         return False
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    dtypes = (torch.bfloat16,) if x.is_cuda else (torch.float32, torch.bfloat16)
+    # Of float32 a CPU's has the product, but not the shapes that a trace asks for.
+    wide = not x.is_cuda and not torch.compiler.is_compiling()
+    dtypes = (torch.float32, torch.bfloat16) if wide else (torch.bfloat16,)
     return aligned and x.dtype in dtypes and x.device.type in ("cpu", "cuda")

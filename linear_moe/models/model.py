@@ -16,6 +16,7 @@ from linear_moe.models.generation import generate
 from linear_moe.models.mixer_config import BuildContext
 from linear_moe.models.schema import BlockConfig, ModelConfig
 from linear_moe.models.state import LayerState, ModelState
+from linear_moe.rules.looks import may_look
 from linear_moe.rules.validate import check_padding_mask
 
 
@@ -220,7 +221,7 @@ class LanguageModel(nn.Module):
         if padding_mask is not None:
             check_padding_mask(padding_mask, tokens.shape[0], tokens.shape[1])
         # Only where a look costs no synchronisation.
-        if tokens.device.type == "cpu":
+        if may_look(tokens.device):
             real = tokens if padding_mask is None else torch.where(padding_mask.cpu(), tokens, 0)
             outside = (real < 0) | (real >= self.config.vocab_size)
             if bool(outside.any()):

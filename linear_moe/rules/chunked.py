@@ -28,6 +28,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.rules.base import Tokens
+from linear_moe.rules.looks import may_look
 from linear_moe.rules.segments import Chunks, PackedChunks, Segments, cut
 from linear_moe.rules.workspace import Workspace
 
@@ -167,7 +168,7 @@ class _Scan:
         log_decay = _matrices(log_decay, None, work, "log_decay")
         shape = log_decay.shape
         sums = lowest = None
-        if shape[-1] > 1 and log_decay.device.type == "cpu":
+        if shape[-1] > 1 and may_look(log_decay.device):
             sums = torch.cumsum(log_decay, -2, out=work("sums", *shape))
             lowest = _lowest(sums)
         if sums is None or lowest is None or lowest <= -MILD_EXPONENT:
@@ -302,7 +303,7 @@ def _fill(room: Tensor, x: Tensor, factor: Tensor | float | None) -> Tensor:
 
 def _lowest(sums: Tensor) -> float:
     """The lowest sum of a chunk where a look is free, else -inf."""
-    return float(sums[:, -1:].detach().amin()) if sums.device.type == "cpu" else -torch.inf
+    return float(sums[:, -1:].detach().amin()) if may_look(sums.device) else -torch.inf
 
 
 def lower_products(rows: Tensor, columns: Tensor, work: Workspace) -> Tensor:
@@ -348,7 +349,7 @@ def decayed_products(rows: Tensor, columns: Tensor, decays: Tensor) -> Tensor:
 
 def _safe_width(decays: Tensor) -> int:
     """Rows of the largest blocks, a power of two, of which none fades by more than the safe exponent; 1 off the CPU."""
-    width = decays.shape[-2] if decays.device.type == "cpu" else 1
+    width = decays.shape[-2] if may_look(decays.device) else 1
     while width > 1:
         blocks = decays.detach().unflatten(-2, (-1, width))
         if float((blocks[..., 0, :] - blocks[..., -1, :]).amax()) < SAFE_EXPONENT:

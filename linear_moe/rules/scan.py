@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import math
 import os
@@ -21,6 +20,7 @@ from linear_moe.rules.validate import check_cu_seqlens, check_scan_inputs, check
 
 IMPLS = ("auto", "triton", "chunked", "recurrent")
 LARGEST_KERNEL_DIM = 256
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRUSTED_KERNEL_DTYPES = (torch.bfloat16,)
 """In which `auto` takes the kernels. In the others fixed shapes are within the error budget on a GPU, and drawn ones have yet
 to be seen so; by name they run."""
@@ -180,7 +180,7 @@ def _kernel_obstacle(form: Recurrence | None, tokens: Tokens) -> str | None:
         return "the rule declares no form"
     if not _has_kernel(form):
         return f"there is no kernel yet for the form ({form})"
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if tokens.q.device.type not in ("cuda", "cpu") or (tokens.q.device.type == "cpu" and not interpreted):
@@ -193,11 +193,6 @@ def _kernel_obstacle(form: Recurrence | None, tokens: Tokens) -> str | None:
         # The sum of a scalar decay's gradients over all tokens: in 16 bits nothing is left of it but noise.
         return "the kernel makes no gradient for a decay that is constant a head"
     return None
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _run_kernel(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.rules.looks import may_look
 from linear_moe.static_tensors import static
 
 
@@ -51,7 +52,7 @@ def segments_of(
     if cu_seqlens is None:
         return Segments(batch_borders(batch, length, device), batch * length, length, dense=True)
     borders = cu_seqlens.to(device=device, dtype=torch.int64)
-    if device.type == "cpu" and borders.numel() > 1:
+    if may_look(device) and borders.numel() > 1:
         # At least 1: with every token in no segment there is still a graph to give gradients of 0.
         max_length = max(int(borders.diff().max()), 1)
     return Segments(borders, length, length if max_length is None else min(max_length, length), dense=False)
@@ -190,7 +191,7 @@ def cut(segments: Segments, chunk_length: int, heads: int) -> Chunks:
     first_chunk = F.pad(per_segment.cumsum(0), (1, 0))
     # At most one chunk of a segment is not full, which bounds their number without a look at the lengths.
     bound = segments.num_tokens // chunk_length + segments.count
-    num_chunks = max(int(first_chunk[-1]), 1) if device.type == "cpu" else bound
+    num_chunks = max(int(first_chunk[-1]), 1) if may_look(device) else bound
 
     chunks = torch.arange(num_chunks, device=device)
     owner = torch.searchsorted(first_chunk[1:], chunks, right=True).clamp_max(segments.count - 1)
