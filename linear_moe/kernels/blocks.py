@@ -162,6 +162,16 @@ def block_of(size: int, largest: int | None = None) -> int:
     return block if largest is None else min(block, largest)
 
 
+def new_states(count: int, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for `count` states of every head, `[count, H, K, V]`, whatever torch's default dtype is."""
+    return torch.empty(count, v.shape[1], k.shape[2], v.shape[2], dtype=dtype, device=k.device)
+
+
+def sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient `[S, H, K]` float32 summed over the value heads that share a key head, in the shape and dtype of `like`."""
+    return gradient.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+
+
 def cdiv(total: int, part: int) -> int:
     """Parts that hold `total`. Plain arithmetic: Triton's own costs microseconds a call on the host."""
     return -(-total // part)

@@ -21,8 +21,10 @@ from linear_moe.kernels.blocks import (
     block_of,
     cdiv,
     chunk_sums,
+    new_states,
     num_processors,
     precision_of,
+    sum_heads,
     tile_of,
     zero_uncovered,
 )
@@ -281,11 +283,11 @@ def forward(
         # Only the width of the values matters here: K columns of I.
         columns = k.new_empty(1, 1, 1).expand(v.shape[0], heads, key_dim)
         _run_forward(walk, solved, q, k, columns, final=transitions, transition=True, borders=splits.several)
-        increments = _new_states(splits.num_pieces, k, v)
+        increments = new_states(splits.num_pieces, k, v)
         _run_forward(walk, solved, q, k, v, final=increments, borders=splits.leading)
         exact = k.dtype == torch.float32
         starts, _ = join_affine(increments, transitions, initial_state, splits, exact=exact)
-    piece_ends = _new_states(splits.num_pieces, k, v) if want_final else None
+    piece_ends = new_states(splits.num_pieces, k, v) if want_final else None
     output = torch.empty_like(v)
     states = None
     if walk.pieces is None:
@@ -293,7 +295,7 @@ def forward(
         _run_forward(walk, solved, q, k, v, scale=scale, output=output, wrong=wrong, starts=starts, final=piece_ends)
     else:
         wrong = torch.empty_like(v)
-        states = _new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
+        states = new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
         _run_forward(walk, solved, q, k, v, wrong=wrong, starts=starts, final=piece_ends, states=states)
         read_pieces(walk.pieces, q, k, wrong, states, output, factor=scale, column_weights=walk.beta)
     if not ragged.dense:
@@ -303,10 +305,6 @@ def forward(
         assert wrong is not None
         kept = Kept(wrong, solved, starts if splits.cut and states is None else None, transitions, states)
     return Forward(output, None if piece_ends is None else splits.ends(piece_ends), kept)
-
-
-def _new_states(count: int, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(count, v.shape[1], k.shape[2], v.shape[2], dtype=dtype, device=k.device)
 
 
 class Backward(NamedTuple):
@@ -365,13 +363,13 @@ def backward(
     reverse_starts = d_final
     if splits.cut:
         assert kept.transitions is not None and splits.trailing is not None
-        increments = _new_states(splits.num_pieces, k, v)
+        increments = new_states(splits.num_pieces, k, v)
         run_values(None, None, increments, splits.trailing)
         exact = k.dtype == torch.float32
         reverse_starts, _ = join_affine(increments, kept.transitions.mT, d_final, splits, reverse=True, exact=exact)
     wants_ends = starts is not None or initial_state is not None
-    piece_ends = _new_states(splits.num_pieces, k, v) if wants_ends else None
-    ends = None if walk.pieces is None else _new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
+    piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
+    ends = None if walk.pieces is None else new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
     run_values(dv, reverse_starts, piece_ends, splits.borders, ends)
     d_initial = None
     if initial_state is not None:
@@ -400,7 +398,7 @@ def backward(
             at_start = torch.linalg.vecdot(before.flatten(2), after.flatten(2))
         d_decay = decay_gradient(crossing.read, crossing.written, at_start, borders).t().contiguous()
     if shared:
-        dq, dk = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (dq, dk))
+        dq, dk = (sum_heads(x, k) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_beta.sum(0).t().contiguous(), d_initial)
 
 

@@ -28,11 +28,13 @@ from linear_moe.kernels.blocks import (
     cdiv,
     load_columns,
     load_rows,
+    new_states,
     num_processors,
     piece_of,
     precision_of,
     state_offsets,
     store_rows,
+    sum_heads,
     tile_of,
     zero_uncovered,
 )
@@ -616,7 +618,7 @@ def forward(
         starts = _joined(prepared.writes, v, prepared, splits, initial_state)
     piece_ends = None
     if want_final:
-        piece_ends = torch.empty(splits.num_pieces, v.shape[1], k.shape[2], v.shape[2], device=v.device)
+        piece_ends = new_states(splits.num_pieces, k, v)
     output = torch.empty_like(v)
     _walk(
         prepared.reads,
@@ -661,7 +663,7 @@ def backward(
     dv = torch.empty_like(v)
     piece_ends = None
     if starts is not None:
-        piece_ends = torch.empty(splits.num_pieces, heads, key_dim, value_dim, device=v.device)
+        piece_ends = new_states(splits.num_pieces, k, v)
     _walk(
         prepared.writes, prepared.reads, d_output, prepared, splits, starts=reverse_starts, output=dv, final=piece_ends,
         scale=scale, state_scale=scale, reverse=True,
@@ -693,7 +695,7 @@ def backward(
         for gradient in (dq, dk, dv, d_decay):
             zero_uncovered(gradient, ragged.cu_seqlens)
     if shared:
-        dq, dk = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (dq, dk))
+        dq, dk = (sum_heads(x, k) for x in (dq, dk))
     d_initial = None
     if initial_state is not None:
         assert piece_ends is not None

@@ -28,10 +28,12 @@ from linear_moe.kernels.blocks import (
     cdiv,
     chunk_sums,
     load_rows,
+    new_states,
     num_processors,
     piece_of,
     precision_of,
     state_offsets,
+    sum_heads,
     summed_decays,
     tile_of,
     zero_uncovered,
@@ -267,18 +269,18 @@ def _states(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The state before each piece `[P, H, K, V]` in the dtype of k (in reverse: after it); each segment's last, if wanted."""
-    shape, walks = (plan.pieces.heads, k.shape[2], v.shape[2]), plan.walks
+    walks = plan.walks
     starts = initial_state
     if walks.cut:
-        increments = torch.empty(walks.num_pieces, *shape, device=k.device)
-        totals = torch.zeros(walks.num_pieces, plan.pieces.heads, device=k.device)
+        increments = new_states(walks.num_pieces, k, v)
+        totals = torch.zeros(walks.num_pieces, plan.pieces.heads, dtype=torch.float32, device=k.device)
         _run_states(
             plan, k, v, starts=None, final=increments, totals=totals, reverse=reverse,
             borders=walks.trailing if reverse else walks.leading,
         )  # fmt: skip
         starts, _ = join(increments, totals, initial_state, walks, reverse=reverse)
-    states = torch.empty(plan.pieces.splits.num_pieces, *shape, dtype=k.dtype, device=k.device)
-    ends = torch.empty(walks.num_pieces, *shape, device=k.device) if final else None
+    states = new_states(plan.pieces.splits.num_pieces, k, v, k.dtype)
+    ends = new_states(walks.num_pieces, k, v) if final else None
     _run_states(plan, k, v, starts=starts, states=states, final=ends, reverse=reverse)
     return states, None if ends is None else walks.ends(ends, reverse=reverse)
 
@@ -371,5 +373,5 @@ def backward(
             at_start = torch.linalg.vecdot(initial_state.flatten(2), d_initial.flatten(2))
         d_decay = decay_gradient(read, written, at_start, whole(ragged.cu_seqlens).borders).t().contiguous()
     if shared:
-        dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) for x in (dq, dk))
+        dq, dk = (sum_heads(x, q) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_initial)

@@ -30,12 +30,14 @@ from linear_moe.kernels.blocks import (
     cdiv,
     chunk_sums,
     load_rows,
+    new_states,
     num_processors,
     pair_decays,
     piece_of,
     precision_of,
     state_offsets,
     store_rows,
+    sum_heads,
     summed_decays,
     tile_of,
     zero_uncovered,
@@ -321,7 +323,7 @@ def forward(
     starts = _joined(walk, k, v, initial_state) if walk.splits.cut else initial_state
     piece_ends = None
     if want_final:
-        piece_ends = torch.empty(walk.splits.num_pieces, v.shape[1], k.shape[2], v.shape[2], device=v.device)
+        piece_ends = new_states(walk.splits.num_pieces, k, v)
     output = torch.empty_like(v)
     _scan(walk, q, k, v, starts=starts, output=output, scale=scale, final=piece_ends)
     if not ragged.dense:
@@ -359,7 +361,7 @@ def backward(
     dv = torch.empty_like(v)
     piece_ends = None
     if (want_decay and starts is not None) or initial_state is not None:
-        piece_ends = torch.empty(walk.splits.num_pieces, v.shape[1], k.shape[2], v.shape[2], device=v.device)
+        piece_ends = new_states(walk.splits.num_pieces, k, v)
     read = _scan(
         walk, d_output, v, k, starts=starts, output=dq, scale=scale, transposed_state=True,
         other=q if want_decay else None,
@@ -392,7 +394,7 @@ def backward(
             at_start = torch.linalg.vecdot(starts.flatten(2), piece_ends.flatten(2))
         d_decay = decay_gradient(read, written, at_start, walk.splits.borders).t().contiguous()
     if shared:
-        dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) for x in (dq, dk))
+        dq, dk = (sum_heads(x, q) for x in (dq, dk))
     d_initial = None
     if initial_state is not None:
         assert piece_ends is not None

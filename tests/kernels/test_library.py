@@ -66,6 +66,23 @@ def test_without_an_initial_or_a_final_state(form: Recurrence) -> None:
 
 
 @every_family
+def test_torchs_default_dtype_changes_nothing(form: Recurrence) -> None:
+    case = split(form)
+    inputs = draw(case)
+    expected = results(kernels, case, inputs)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        made = results(kernels, case, inputs)
+    finally:
+        torch.set_default_dtype(default)
+    assert {name: x.dtype for name, x in made.items()} == {name: x.dtype for name, x in expected.items()}
+    # The loss's own numbers are drawn in the default dtype: only what comes before it is the same.
+    for name in ("output", "final_state"):
+        assert torch.equal(made[name], expected[name]), name
+
+
+@every_family
 @pytest.mark.parametrize("make", [small, split], ids=["whole", "split"])
 def test_fake_tensors_have_the_shapes_of_real_ones(make: Callable[[Recurrence], Case], form: Recurrence) -> None:
     case = make(form)
