@@ -28,7 +28,7 @@ from linear_moe.layers.kernel_steps import (
     plan_of,
 )
 from linear_moe.layers.norms import GatedRMSNorm
-from linear_moe.layers.projections import grouped_linear, xavier_init_
+from linear_moe.layers.projections import grouped_linear, routed_linear, xavier_init_
 from linear_moe.layers.routing import SlotPlan, slots_of_batch, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
@@ -370,8 +370,13 @@ class RecurrentMixer(nn.Module, ABC):
         raw: dict[str, Tensor] = {}
         if self.memory_weight is not None:
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
-            routed = gather_tokens(tokens, plan, fan_out, kernel=True)
-            projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
+            projected = None
+            if covered and conv.source is not None:
+                assert conv.place is not None
+                projected = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, conv.place)
+            if projected is None:
+                routed = gather_tokens(tokens, plan, fan_out, kernel=True)
+                projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
             # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
             leading = [self.conv_parts[name] for name in itertools.takewhile(self._convolves, self.memory_projections)]
             leading = [part for part in leading if part.activation == leading[0].activation]
