@@ -371,9 +371,11 @@ class RecurrentMixer(nn.Module, ABC):
         if self.memory_weight is not None:
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
             projected = None
-            if covered and conv.source is not None:
-                assert conv.place is not None
-                projected = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, conv.place)
+            if conv.source is not None and conv.place is not None:
+                place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
+                projected = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place)
+            # What it leaves in rows of no memory is anything: the convolution reads none of them.
+            loose = projected is not None and not covered
             if projected is None:
                 routed = gather_tokens(tokens, plan, fan_out, kernel=True)
                 projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
@@ -387,11 +389,12 @@ class RecurrentMixer(nn.Module, ABC):
                 raw |= dict(zip([part.name for part in leading], mixed, strict=True))
             names = list(self.memory_projections)[count:]
             raw |= dict(zip(names, projected.split(widths[count:], -1), strict=True))
-            raw |= {
-                name: conv.of(self.conv_parts[name], raw[name], by_token=False)
-                for name in names
-                if self._convolves(name)
-            }
+            for name in names:
+                if self._convolves(name):
+                    raw[name] = conv.of(self.conv_parts[name], raw[name], by_token=False)
+                elif loose:
+                    slots = torch.arange(plan.order.shape[0], device=tokens.device)
+                    raw[name] = torch.where((slots < plan.cu_seqlens[-1])[:, None], raw[name], 0)
         if self.token_weight is not None:
             widths = [_first_width(spec) for spec in self.token_projections.values()]
             columns = F.linear(tokens, self.token_weight).split(widths, -1)
