@@ -4,7 +4,8 @@
 
 Both: float32 parameters, bfloat16 by autocast, gradients clipped, fused AdamW, random tokens, a context of 2048. Ours runs as
 `linear-moe train` does, captured graphs and all. The peer needs `flash-linear-attention` and `transformers`, and some minutes
-for its autotuning the first time; `--peer largest` looks for the largest batch that it fits.
+for its autotuning the first time; `--largest 8 10 12 16` takes the largest of these batches that it fits. Each has a process of
+its own.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import gc
+import json
 import os
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from linear_moe.training.throughput import Utilisation
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 4
+WHO = ("ours", "ours, no graphs", "fla")
 
 
 class RandomTokens(IndexedTask):
@@ -123,29 +126,6 @@ def measure(steps: Iterator[float], batch: int, length: int, count: int) -> dict
     }  # fmt: skip
 
 
-def fits(make: Callable[[int], Iterator[float]], batches: list[int]) -> int:
-    """The largest of the batches, given in rising order, that two steps of fit in memory."""
-    best = 0
-    for batch in batches:
-        steps = make(batch)
-        try:
-            next(steps), next(steps)
-        except torch.OutOfMemoryError:
-            break
-        finally:
-            steps.close()  # type: ignore[attr-defined]
-            clear()
-        best = batch
-    return best
-
-
-def clear() -> None:
-    """Give back what the last run held."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
 def kernel_table(steps: Iterator[float], rows: int) -> None:
     """Where the time of a step goes, by kernel."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
@@ -175,41 +155,67 @@ def provenance() -> dict[str, str]:
     }  # fmt: skip
 
 
+def run(options: argparse.Namespace) -> dict[str, object]:
+    """One measurement, in this process."""
+    (batch,) = options.batch
+    if options.only == "fla":
+        steps = peer(options.config, batch, options.length)
+    else:
+        steps = ours(options.config, batch, options.length, capture=options.only == "ours")
+    row = {"model": options.config, "who": options.only, **measure(steps, batch, options.length, options.steps)}
+    use = Utilisation(load_config(options.config), options.length, torch.device("cuda"), "bfloat16")
+    used = use.of(float(row["tokens_per_second"]))  # type: ignore[arg-type]
+    row["mfu"] = "" if used is None else round(used, 3)
+    if options.show:
+        kernel_table(steps, options.show)
+    return row | provenance()
+
+
+def run_apart(options: argparse.Namespace, who: str, batch: int) -> dict[str, str] | None:
+    """The same in a process of its own, which leaves no memory behind; None if there was not enough of it."""
+    command = [sys.executable, __file__, "--only", who, "--batch", str(batch)]
+    for name in ("config", "length", "steps", "show"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *shown, last = done.stdout.strip().splitlines() or [""]
+    print(*shown, sep="\n" if shown else "", end="\n" if shown else "")
+    if done.returncode:
+        if "OutOfMemoryError" in done.stderr:
+            print(f"{who} does not fit {batch} sequences", flush=True)
+            return None
+        raise SystemExit(done.stderr)
+    row: dict[str, str] = json.loads(last)
+    print(*list(row.values())[: -len(provenance())], sep="  ", flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="mom-380m")
-    parser.add_argument("--batch", type=int, nargs="*", default=[8], help="sequences")
+    parser.add_argument("--batch", type=int, nargs="*", default=[8], help="sequences, of each measurement")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--peer", choices=("none", "same", "largest"), default="largest")
-    parser.add_argument("--plain", action="store_true", help="ours without captured graphs, too")
+    parser.add_argument("--who", nargs="*", choices=WHO, default=["ours", "fla"])
+    parser.add_argument("--largest", type=int, nargs="*", help="the peer's largest of these batches instead of --batch")
     parser.add_argument("--show", type=int, default=0, help="kernels of a step to list")
+    parser.add_argument("--only", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training.csv")
     options = parser.parse_args()
-    batches, rows = list(options.batch), []
-    if options.peer == "largest":
-        largest = fits(lambda batch: peer(options.config, batch, options.length), [4, 8, 10, 12, 16, 20, 24, 32])
-        print(f"the largest batch of the peer: {largest}", flush=True)
-        batches = [largest]
-    runs: list[tuple[str, int, Callable[[], Iterator[float]]]] = []
+    if options.only:
+        print(json.dumps(run(options)))
+        return
+    rows: list[dict[str, str]] = []
+    batches = options.batch
+    for batch in sorted(options.largest or [], reverse=True):
+        row = run_apart(options, "fla", batch)
+        if row is not None:
+            rows, batches = [row], [batch]
+            break
     for batch in batches:
-        runs.append(("ours", batch, lambda b=batch: ours(options.config, b, options.length, True)))
-        if options.plain:
-            runs.append(("ours, no graphs", batch, lambda b=batch: ours(options.config, b, options.length, False)))
-        if options.peer != "none":
-            runs.append(("fla", batch, lambda b=batch: peer(options.config, b, options.length)))
-    use = Utilisation(load_config(options.config), options.length, torch.device("cuda"), "bfloat16")
-    for who, batch, make in runs:
-        steps = make()
-        row = {"model": options.config, "who": who, **measure(steps, batch, options.length, options.steps)}
-        used = use.of(float(row["tokens_per_second"]))  # type: ignore[arg-type]
-        row["mfu"] = "" if used is None else round(used, 3)
-        print(*row.values(), sep="  ", flush=True)
-        if options.show:
-            kernel_table(steps, options.show)
-        steps.close()  # type: ignore[attr-defined]
-        clear()
-        rows.append(row | provenance())
+        for who in options.who:
+            if not any(row["who"] == who for row in rows if options.largest):
+                row = run_apart(options, who, batch)
+                rows += [] if row is None else [row]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -287,7 +287,8 @@ class RecurrentMixer(nn.Module, ABC):
             return_final_state=state is not None,
             impl=self.impl,
         )
-        reads = self.rule.output(result.output, rule_tokens, parameters)[0]
+        # Not by an index: the gradient of one is a copy into zeros.
+        reads = self.rule.output(result.output, rule_tokens, parameters).squeeze(0)
         if kernels and self.kernel_combines:
             output = self._combine_by_kernel(
                 tokens, reads, plan, assignment.weights, None if covered else sequences.valid
@@ -397,7 +398,9 @@ class RecurrentMixer(nn.Module, ABC):
                     raw[name] = torch.where((slots < plan.cu_seqlens[-1])[:, None], raw[name], 0)
         if self.token_weight is not None:
             widths = [_first_width(spec) for spec in self.token_projections.values()]
-            columns = F.linear(tokens, self.token_weight).split(widths, -1)
+            made = F.linear(tokens, self.token_weight)
+            # Of a split into one part the gradient would be a copy.
+            columns = made.split(widths, -1) if len(widths) > 1 else (made,)
             for name, column in zip(self.token_projections, columns, strict=True):
                 if self._convolves(name):
                     raw[name] = conv.of(self.conv_parts[name], column, by_token=True)
