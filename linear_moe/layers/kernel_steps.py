@@ -1,7 +1,7 @@
 """A mixer's steps beside the scan on kernels of their own: when they run, and what a layer's declaration lets them take.
 
-The plan of the slots, the router's logits, the short convolution with its activation and the rule's l2 norm, and the weighted,
-gated sum of a token's reads. Where they don't run, PyTorch makes the same numbers.
+The router, the plan of the slots, the short convolution with its activation and the rule's l2 norm, and the weighted, gated
+sum of a token's reads. Where they don't run, PyTorch makes the same numbers.
 """
 
 from __future__ import annotations
