@@ -86,15 +86,6 @@ def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECA
 
 
 @triton.jit
-def sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.constexpr):
-    """The sum of a piece's log decays before its `row`."""
-    if DECAY == HEAD_DECAY:
-        return rate * row
-    at = decay_ptr + head.to(tl.int64) * num_tokens + piece_start
-    return tl.load(at + (row - 1), mask=row > 0, other=0.0)
-
-
-@triton.jit
 def pair_decays(later, earlier, seen):
     """e^(later - earlier) of the seen pairs; 1 elsewhere, where the exponent would be positive and might overflow."""
     return tl.exp(tl.where(seen, later - earlier, 0.0).to(tl.float32))

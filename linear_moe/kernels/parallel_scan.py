@@ -33,7 +33,6 @@ from linear_moe.kernels.blocks import (
     piece_of,
     precision_of,
     state_offsets,
-    sum_before,
     sum_heads,
     summed_decays,
     tile_of,
@@ -67,6 +66,15 @@ def choose_launch(dtype: torch.dtype) -> Launch:
         # Exact products take no tensor cores, and the tiles twice the memory.
         return Launch(chunk=32, tile=32, num_warps=4, num_stages=1)
     return Launch(chunk=64, tile=128, num_warps=8, num_stages=3)
+
+
+@triton.jit
+def _sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.constexpr):
+    """The sum of a piece's log decays before its `row`."""
+    if DECAY == HEAD_DECAY:
+        return rate * row
+    at = decay_ptr + head.to(tl.int64) * num_tokens + piece_start
+    return tl.load(at + (row - 1), mask=row > 0, other=0.0)
 
 
 @triton.jit
@@ -142,8 +150,8 @@ def _states_kernel(
             piece_start = first - in_piece
             piece_size = tl.minimum(size - (chunk * CHUNK - in_piece), PIECE)
             num_rows = tl.minimum(size - chunk * CHUNK, CHUNK)
-            before = sum_before(decay_ptr, rate, head, piece_start, in_piece, num_tokens, DECAY)
-            after = sum_before(decay_ptr, rate, head, piece_start, in_piece + num_rows, num_tokens, DECAY)
+            before = _sum_before(decay_ptr, rate, head, piece_start, in_piece, num_tokens, DECAY)
+            after = _sum_before(decay_ptr, rate, head, piece_start, in_piece + num_rows, num_tokens, DECAY)
             summed, _ = summed_decays(
                 decay_ptr, rate, head, piece_start, in_piece + rows, piece_size, num_tokens, DECAY
             )

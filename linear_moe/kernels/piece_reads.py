@@ -4,12 +4,9 @@ With G the sums of the log decays from a piece's start, and S_0 the state before
 
     o_t = r_t (f e^G_t <a_t, S_0> + sum_{j <= t} e^(G_t - G_j) w_j (f_1 <a_t, b_j> c_j + f_2 <a_t, b2_j> c2_j))
 
-or backwards in time, over j >= t and from the state after the piece. A program reads for a block of tokens t. Across the
-block's border b, e^(G_t - G_j) is e^(G_t - G_b) e^(G_b - G_j), neither above 1: a factor a token in place of one a pair.
-
-It is the second step of `parallel_scan` and of the delta rule's scans; the first walks and stores the states, rounded to the
-inputs' dtype as a read would round them. A stored state of `[K, V]` numbers costs a piece of 256 tokens a quarter of the
-traffic of its own q, k, v and o at K = V = 256.
+or backwards in time, over j >= t and from the state after the piece. It is the second step of `parallel_scan` and of the delta
+rule's scans; the first walks and stores the states, rounded to the inputs' dtype as a read would round them. A stored state of
+`[K, V]` numbers costs a piece of 256 tokens a quarter of the traffic of its own q, k, v and o at K = V = 256.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from linear_moe.kernels.blocks import (
     precision_of,
     state_offsets,
     store_rows,
-    sum_before,
     summed_decays,
 )
 from linear_moe.kernels.launch import launch_kernel
@@ -58,7 +54,8 @@ def choose_launch(dtype: torch.dtype) -> Launch:
 
     0.147; 2 stages 0.183, columns of 64 0.166. With 64 rows and 4 warps, 2 stages 0.162, 3 stages 0.187, slices of 32 0.184;
     with 8 warps and columns of 64 0.237. Pieces of 128 gain a tenth here, and cost the first step twice the states; of 512 they
-    cost a quarter.
+    cost a quarter. Fading pairs of other blocks by a factor a token, in loops of their own, made all reads of a gated delta
+    rule's passes 8% slower: the second pair of loops takes registers that spill.
     """
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.
@@ -73,16 +70,12 @@ def takes(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 
 @triton.jit
 def _add_pairs(
-    o, own, a, row, summed, border, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head, num_tokens, factor, begin,
-    end, HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    o, own, a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head, num_tokens, factor, begin, end,
+    HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    ACROSS: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`o` with the pairs of columns `begin` to `end` added.
-
-    ACROSS: they are in other blocks, all of them seen, and fade to the `border` of the rows' block. Otherwise they are in the
-    rows' own; APART: a token's own pair is then not added, but summed up in `own`.
-    """
+    """`o` with the pairs of columns `begin` to `end` added. APART: a token's own pair is not, but summed up in `own`."""
     keys = tl.arange(0, K_BLOCK)
     values = tl.arange(0, V_BLOCK)
     b_head = head // (HEADS // B_HEADS)
@@ -92,30 +85,23 @@ def _add_pairs(
         there = column < size
         b = load_rows(b_ptr, start, b_head, B_HEADS, K, column, keys, there)
         c = load_rows(c_ptr, start, c_head, C_HEADS, V, column, values, there)
-        products = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        weights = tl.where(there, factor, 0.0)
+        products = factor * tl.dot(a, tl.trans(b), input_precision=PRECISION)
         if weight_ptr is not None:
-            at = weight_ptr + head.to(tl.int64) * num_tokens + start + column
-            weights *= tl.load(at, mask=there, other=0.0)
+            weights = tl.load(weight_ptr + head.to(tl.int64) * num_tokens + start + column, mask=there, other=0.0)
+            products *= weights[None, :]
+        seen = row[:, None] <= column[None, :] if REVERSE else row[:, None] >= column[None, :]
+        if APART:
+            mine = row[:, None] == column[None, :]
+            own += tl.sum(tl.where(mine, products, 0.0), 1)
+            seen = seen & (row[:, None] != column[None, :])
         if DECAY != NO_DECAY:
             others, _ = summed_decays(decay_ptr, rate, head, start, column, size, num_tokens, DECAY)
-            if ACROSS:
-                fades = others - border if REVERSE else border - others
-                weights *= tl.exp(tl.minimum(fades, 0.0).to(tl.float32))
-        products *= weights[None, :]
-        if not ACROSS:
-            seen = row[:, None] <= column[None, :] if REVERSE else row[:, None] >= column[None, :]
-            if APART:
-                mine = row[:, None] == column[None, :]
-                own += tl.sum(tl.where(mine, products, 0.0), 1)
-                seen = seen & (row[:, None] != column[None, :])
-            if DECAY != NO_DECAY:
-                if REVERSE:
-                    products *= pair_decays(others[None, :], summed[:, None], seen)
-                else:
-                    products *= pair_decays(summed[:, None], others[None, :], seen)
-            products = tl.where(seen, products, 0.0)
-        o = tl.dot(products.to(c.dtype), c, acc=o, input_precision=PRECISION)
+            if REVERSE:
+                products *= pair_decays(others[None, :], summed[:, None], seen)
+            else:
+                products *= pair_decays(summed[:, None], others[None, :], seen)
+        products = tl.where(seen, products, 0.0).to(c.dtype)
+        o = tl.dot(products, c, acc=o, input_precision=PRECISION)
     return o, own
 
 
@@ -191,45 +177,29 @@ def _reads_kernel(
         state = tl.load(states_ptr + state_at, mask=(some < K)[:, None] & (values < V)[None, :], other=0.0)
         o = tl.dot(part, state, acc=o, input_precision=PRECISION)
     o *= state_factor
-    a = load_rows(a_ptr, start, a_head, A_HEADS, K, row, keys, valid)
-    own = tl.zeros((ROWS,), tl.float32)
-    inner = block * ROWS
-    outer = tl.minimum(inner + ROWS, size)
-    begin = outer if REVERSE else 0
-    end = size if REVERSE else inner
     summed = tl.zeros((ROWS,), tl.float32)
-    border = 0.0
     if DECAY != NO_DECAY:
         summed, total = summed_decays(decay_ptr, rate, head, start, row, size, num_tokens, DECAY)
-        border = sum_before(decay_ptr, rate, head, start, outer if REVERSE else inner, num_tokens, DECAY)
-        fades = total - border if REVERSE else border
-        o *= tl.exp(tl.minimum(fades, 0.0).to(tl.float32))
-    o, own = _add_pairs(
-        o, own, a, row, summed, border, rate, b_ptr, c_ptr, decay_ptr, column_weight_ptr, start, size, head, num_tokens,
-        factor, begin, end, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, True, False, PRECISION,
-    )  # fmt: skip
-    if b2_ptr is not None:
-        o, _ = _add_pairs(
-            o, own, a, row, summed, border, rate, b2_ptr, c2_ptr, decay_ptr, column_weight_ptr, start, size, head,
-            num_tokens, factor2, begin, end, HEADS, B2_HEADS, C2_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, True,
-            False, PRECISION,
-        )  # fmt: skip
-    if DECAY != NO_DECAY:
-        fades = border - summed if REVERSE else summed - border
-        o *= tl.exp(tl.minimum(fades, 0.0).to(tl.float32))[:, None]
+        if REVERSE:
+            o *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+        else:
+            o *= tl.exp(summed.to(tl.float32))[:, None]
+
+    a = load_rows(a_ptr, start, a_head, A_HEADS, K, row, keys, valid)
+    own = tl.zeros((ROWS,), tl.float32)
+    begin = block * ROWS if REVERSE else 0
+    end = size if REVERSE else tl.minimum((block + 1) * ROWS, size)
     # A token's own pair crosses nothing: it is added after the overlap is taken.
     APART: tl.constexpr = STRICT or overlap_ptr is not None
     o, own = _add_pairs(
-        o, own, a, row, summed, border, rate, b_ptr, c_ptr, decay_ptr, column_weight_ptr, start, size, head, num_tokens,
-        factor, inner, outer, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, False, APART,
-        PRECISION,
+        o, own, a, row, summed, rate, b_ptr, c_ptr, decay_ptr, column_weight_ptr, start, size, head, num_tokens, factor,
+        begin, end, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, APART, PRECISION,
     )  # fmt: skip
     if b2_ptr is not None:
         nothing = tl.zeros((ROWS,), tl.float32)
         o, _ = _add_pairs(
-            o, nothing, a, row, summed, border, rate, b2_ptr, c2_ptr, decay_ptr, column_weight_ptr, start, size, head,
-            num_tokens, factor2, inner, outer, HEADS, B2_HEADS, C2_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE,
-            False, True, PRECISION,
+            o, nothing, a, row, summed, rate, b2_ptr, c2_ptr, decay_ptr, column_weight_ptr, start, size, head, num_tokens,
+            factor2, begin, end, HEADS, B2_HEADS, C2_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, True, PRECISION,
         )  # fmt: skip
     if row_weight_ptr is not None:
         weights = tl.load(row_weight_ptr + at, mask=valid, other=0.0)

@@ -13,7 +13,7 @@ from scan_laws import Law, clean, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import blocks, delta_walks, gated_deltanet, parallel_scan, piece_reads
+from linear_moe.kernels import delta_walks, gated_deltanet, parallel_scan, piece_reads
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str)
 # A form of each way through the kernels: what has no decay takes a part of what has one.
@@ -92,17 +92,8 @@ BUGS = {
     "written heads taken in turn": (HEADS, Bug(parallel_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
     "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= tl.exp(total)", "state *= 1.0")),
     "a write that does not fade": (SCALAR, Bug(parallel_scan, "v.to(tl.float32) * weights[:, None]", "v * 1.0")),
-    "a read that does not fade": (
-        SCALAR,
-        Bug(piece_reads, "fades, 0.0).to(tl.float32))[:, None]", "fades, 0.0).to(tl.float32) * 0.0)[:, None]"),
-    ),
-    "a state that does not fade to the border": (
-        SCALAR,
-        Bug(piece_reads, "total - border if REVERSE else border", "total - border if REVERSE else 0.0 * border"),
-    ),
-    "a pair across a border that does not fade": (SCALAR, Bug(piece_reads, "weights *= tl.exp(", "tl.exp(")),
-    "pairs across a border forgotten": (SCALAR, Bug(piece_reads, "end = size if REVERSE else inner", "end = begin")),
-    "a constant decay off by one position": (CONSTANT, Bug(blocks, "return rate * row", "return rate * (row + 1)")),
+    "a read that does not fade": (SCALAR, Bug(piece_reads, "o *= tl.exp(summed.to(tl.float32))[:, None]", "pass")),
+    "a constant decay off by one position": (CONSTANT, Bug(parallel_scan, "rate * row", "rate * (row + 1)")),
     "the state of the piece before": (SCALAR, Bug(parallel_scan, FIRST, FIRST + " - (chunk * CHUNK // PIECE > 0)")),
     "a state that is stored a chunk late": (SCALAR, Bug(parallel_scan, "else in_piece == 0", "else in_piece == CHUNK")),
     "a state transposed": (SCALAR, Bug(piece_reads, "V, TRANSPOSED_STATE)", "V, not TRANSPOSED_STATE)")),
@@ -113,10 +104,7 @@ BUGS = {
         Bug(piece_reads, "seen = seen & (row[:, None] != column[None, :])", "pass"),
     ),
     "a token's own pair forgotten": (SCALAR, Bug(piece_reads, "o += own[:, None] * c.to(tl.float32)", "pass")),
-    "beta forgotten in what is read": (
-        DELTA,
-        Bug(piece_reads, "weights *= tl.load(at, mask=there, other=0.0)", "pass"),
-    ),
+    "beta forgotten in what is read": (DELTA, Bug(piece_reads, "products *= weights[None, :]", "pass")),
     "beta forgotten in what is written": (DELTA, Bug(piece_reads, "o *= weights[:, None]", "pass")),
     "the erase's part overwritten": (DELTA, Bug(piece_reads, "if ADD:", "if False:")),
     "the erase reads what its token writes": (DELTA, Bug(gated_deltanet, "strict=True", "strict=False")),
