@@ -100,7 +100,7 @@ def test_training_by_graphs_is_training() -> None:
 @gpu
 def test_what_can_not_be_captured_runs_call_by_call_and_says_so() -> None:
     model, wanted_model = _model(), _model()
-    model.blocks[0].register_forward_hook(lambda module, inputs, output: output * float(output.isfinite().all()))
+    model.blocks[0].mixer.register_forward_hook(lambda module, inputs, output: output * float(output.isfinite().all()))
     backward = CapturedBackward(model, "bfloat16")
     batch = text_task().batch(0)
     with pytest.warns(RuntimeWarning, match="call by call"):
