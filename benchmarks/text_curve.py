@@ -1,6 +1,7 @@
 """The loss of a run on text, step by step, beside what is known without reading: the entropy of its bytes.
 
-    linear-moe train text-hybrid --task text --precision bfloat16 --steps 300 --evaluate-every 50 --log-every 1 --output runs/curve
+    linear-moe train text-hybrid --task text --precision bfloat16 --steps 300 --evaluate-every 50 --log-every 1 \\
+        --output runs/curve
     python benchmarks/text_curve.py runs/curve --output benchmarks/results/text_curve.csv --plot docs/text_curve.png
 
 Of a model of bytes: the figures are bits a byte.
