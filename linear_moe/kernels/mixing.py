@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import combine, slot_plan
-from linear_moe.kernels.operator import operator
+from linear_moe.kernels.operator import FLOATS, check_tensor, operator
 from linear_moe.kernels.slot_plan import SlotPlan
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @operator("slot_plan")
@@ -51,8 +49,8 @@ def plan_slots(memory: Tensor, sequence: Tensor, num_states: int, num_sequences:
         raise ValueError(f"memory must be [S, F] with F at least 1, got shape {list(memory.shape)}")
     if memory.numel() > slot_plan.MOST_SLOTS:
         raise ValueError(f"memory must have at most {slot_plan.MOST_SLOTS} slots, got {memory.numel()}")
-    _check("sequence", sequence, (memory.shape[0],), "[S]", (torch.int64,), memory.device)
-    _check("memory", memory, tuple(memory.shape), "[S, F]", (torch.int64,), memory.device)
+    check_tensor("sequence", sequence, (memory.shape[0],), "[S]", (torch.int64,), memory.device)
+    check_tensor("memory", memory, tuple(memory.shape), "[S, F]", (torch.int64,), memory.device)
     for name, value, least in (("num_states", num_states, 1), ("num_sequences", num_sequences, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -144,32 +142,15 @@ def combine_reads(
     if slots != tokens * fan_out or bool(slots) != bool(tokens):
         raise ValueError(f"reads must have a row for each of F slots of the gate's {tokens} tokens, got {slots}")
     for name, tensor, shape, meaning, dtypes in (
-        ("reads", reads, (slots, heads, value_dim), "[R, H, V]", _FLOATS),
+        ("reads", reads, (slots, heads, value_dim), "[R, H, V]", FLOATS),
         ("place", place, (slots,), "[R]", (torch.int64,)),
         ("weights", weights, (tokens, fan_out) if tokens else None, "[S, F]", (torch.float32,)),
-        ("gate", gate, (tokens, heads * value_dim), "[S, H * V]", _FLOATS),
-        ("norm_weight", norm_weight, (value_dim,), "[V]", _FLOATS),
+        ("gate", gate, (tokens, heads * value_dim), "[S, H * V]", FLOATS),
+        ("norm_weight", norm_weight, (value_dim,), "[V]", FLOATS),
         ("valid", valid, (tokens,), "[S]", (torch.bool,)),
     ):
         if tensor is not None:
-            _check(name, tensor, shape, meaning, dtypes, reads.device)
+            check_tensor(name, tensor, shape, meaning, dtypes, reads.device)
     tensors = (reads, place, weights, gate, norm_weight, valid)
     output: Tensor = _combine(*(None if x is None else x.contiguous() for x in tensors), eps)
     return output
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...] | None,
-    meaning: str,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {meaning} = {list(shape)}, got shape {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name} must be of dtype {allowed}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the device {device}, got {tensor.device}")
