@@ -21,6 +21,8 @@ from linear_moe.rules.scan import TRITON_INSTALLED, TRUSTED_KERNEL_DTYPES
 
 LARGEST_CONV_WIDTH = 8
 LARGEST_HEAD = 256
+LARGEST_NORM = 8192
+"""Channels of the residual stream."""
 
 
 def kernels_run(x: Tensor, impl: str) -> bool:
