@@ -59,7 +59,12 @@ class SwiGLUConfig(_SwiGLUWidth):
     def build(self, context: BuildContext) -> nn.Module | None:
         """The layer."""
         return SwiGLU(
-            context.hidden_size, ratio=self.ratio, width=self.width, device=context.device, dtype=context.dtype
+            context.hidden_size,
+            ratio=self.ratio,
+            width=self.width,
+            impl=context.impl,
+            device=context.device,
+            dtype=context.dtype,
         )
 
     def summary(self, hidden_size: int) -> str:
