@@ -114,6 +114,7 @@ class MoEConfig(_SwiGLUWidth):
             z_loss_weight=self.z_loss_weight,
             balance_bias_rate=self.balance_bias_rate,
             auxiliary=context.auxiliary,
+            impl=context.impl,
             device=context.device,
             dtype=context.dtype,
         )
