@@ -28,7 +28,7 @@ def _(residual, branch, weight, eps, dtype):
     return (
         residual.new_empty(0 if branch is None else residual.shape),
         residual.new_empty(residual.shape, dtype=dtype),
-        residual.new_empty(residual.shape[0], dtype=torch.float32),
+        residual.new_empty(residual.shape[:-1], dtype=torch.float32),
     )
 
 
@@ -130,10 +130,9 @@ def add_and_norm(
     dtype = residual.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    rows = residual.reshape(-1, width).contiguous()
-    added = None if branch is None else branch.reshape(-1, width).contiguous()
-    summed, normed, _ = _residual_norm(rows, added, weight.contiguous(), eps, dtype)
-    return residual if branch is None else summed.view(shape), normed.view(shape)
+    added = None if branch is None else branch.contiguous()
+    summed, normed, _ = _residual_norm(residual.contiguous(), added, weight.contiguous(), eps, dtype)
+    return residual if branch is None else summed, normed
 
 
 @operator("swiglu")

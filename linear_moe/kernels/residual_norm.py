@@ -47,11 +47,11 @@ class Forward(NamedTuple):
     """What a forward pass makes."""
 
     sum: Tensor | None
-    """`[S, D]` in the dtype of the stream; None where nothing was added."""
+    """`[..., D]` in the dtype of the stream; None where nothing was added."""
     normed: Tensor
-    """`[S, D]`"""
+    """`[..., D]`"""
     factor: Tensor
-    """`[S]` float32: 1 / sqrt(mean(s^2) + eps)."""
+    """`[...]` float32: 1 / sqrt(mean(s^2) + eps)."""
 
 
 class Gradients(NamedTuple):
@@ -121,11 +121,12 @@ def _sizes(width: int, numbers: int) -> dict[str, int]:
 
 
 def forward(residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Forward:
-    """Add `branch` `[S, D]` to `residual` `[S, D]`, and norm the sum under `weight` `[D]`, to `dtype`. All is contiguous."""
-    num_rows, width = residual.shape
+    """Add `branch` to `residual`, both `[..., D]`, and norm the sum under `weight` `[D]`, to `dtype`. All is contiguous."""
+    # What comes out is no view, nor made one: a sharded block's outputs should be none.
+    num_rows, width = residual.numel() // residual.shape[-1], residual.shape[-1]
     summed = None if branch is None else torch.empty_like(residual)
-    normed = residual.new_empty(num_rows, width, dtype=dtype)
-    factor = residual.new_empty(num_rows, dtype=torch.float32)
+    normed = torch.empty_like(residual, dtype=dtype)
+    factor = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
     if num_rows:
         launch_kernel(
             _forward_kernel,
@@ -147,7 +148,7 @@ def backward(
     branch_dtype: torch.dtype | None, want_weight: bool,
 ) -> Gradients:  # fmt: skip
     """The gradients: the residual's in the dtype of `summed`, the branch's if another `branch_dtype` is given, the weight's."""
-    num_rows, width = summed.shape
+    num_rows, width = factor.numel(), summed.shape[-1]
     d_residual = torch.empty_like(summed)
     d_branch = None if branch_dtype is None else torch.empty_like(summed, dtype=branch_dtype)
     if num_rows == 0:

@@ -158,3 +158,14 @@ def test_a_stream_that_is_too_wide_for_the_kernel_is_normed_all_the_same() -> No
     summed, normed = norm(x, x)
     torch.testing.assert_close(summed, 2 * x)
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(2 * x, (8193,), norm.weight, 1e-5))
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_a_block_returns_no_view(impl: str) -> None:
+    """FSDP2 hangs its hooks on what a block returns, and warns that those of a view can be lost."""
+    model = build("mixture near", impl).train()
+    returned: list[bool] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: returned.extend(x._is_view() for x in output))
+    model(draw(1, 3))
+    assert returned == [False] * 4
