@@ -1,8 +1,8 @@
 """A block's steps beside the scan on kernels of their own: when they run, and what a layer's declaration lets them take.
 
-Of a mixer the plan of the slots, the router's logits, the short convolution with its activation and the rule's l2 norm, and the
+Of a mixer the router, the plan of the slots, the short convolution with its activation and the rule's l2 norm, and the
 weighted, gated sum of a token's reads; around it the residual addition with the norm after it, the feed-forward's gated unit,
-and the experts' plan and sum. Where they don't run, PyTorch makes the same numbers.
+and the experts' sum. Where they don't run, PyTorch makes the same numbers.
 """
 
 from __future__ import annotations

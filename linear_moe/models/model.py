@@ -149,7 +149,7 @@ class LanguageModel(nn.Module):
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
             state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
             places: `[L]` int64 positions in the flattened `[B * T]`, to have the logits of those tokens only.
-            labels: `[L]` int64 of those places, to have the sum of their cross entropies in place of any logits.
+            labels: `[L]` int64 of those places, or of all `B * T`, to have the sum of their cross entropies in place of logits.
 
         Returns:
             `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads;
@@ -158,13 +158,16 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: naming the argument that does not fit.
         """
-        if labels is not None and (places is None or labels.shape != places.shape):
-            raise ValueError("labels must be of the shape of places, which they are the labels of")
+        labelled = (tokens.numel(),) if places is None else tuple(places.shape)
+        if labels is not None and tuple(labels.shape) != labelled:
+            whose = "the tokens" if places is None else "the places"
+            raise ValueError(f"labels must be one for each of {whose}, {list(labelled)}, got {list(labels.shape)}")
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
         if places is not None:
             hidden = hidden.flatten(0, 1)[places]
         if labels is None:
             return self.logits(hidden)
+        hidden = hidden.flatten(0, -2)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return summed_cross_entropy(hidden, weight, labels)
 

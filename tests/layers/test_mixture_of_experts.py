@@ -205,17 +205,17 @@ def test_kernels_are_within_the_budget(shape: dict[str, Any], padded: bool) -> N
 def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that left them would pass the comparison above."""
     pytest.importorskip("triton", reason="triton is for Linux")
-    from linear_moe.kernels import block_parts, mixing, router_logits
+    from linear_moe.kernels import block_parts, mixing, router_operator
 
     called: list[str] = []
     for module, name in (
         (mixing, "plan_slots"), (mixing, "sum_slots"), (mixing, "weighted_sum"), (block_parts, "gated_unit"),
-        (router_logits, "router_logits"),
+        (router_operator, "route"),
     ):  # fmt: skip
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1])
     measured(torch.float32, "triton", None, num_experts=3, top_k=2, num_shared_experts=1)
-    expected = ["router_logits", "plan_slots", "gated_unit", "gated_unit", "weighted_sum", "sum_slots"]
+    expected = ["route", "plan_slots", "gated_unit", "gated_unit", "weighted_sum", "sum_slots"]
     assert called == expected
     measured(torch.float32, "chunked", None, num_experts=3, top_k=2, num_shared_experts=1)
     assert called == expected
