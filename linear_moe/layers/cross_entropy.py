@@ -48,7 +48,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
+            # Not in 16 bits: a scale that is rounded is an error in every gradient.
+            None if hidden is None else (upcast(hidden) * scale).to(hidden.dtype),
             None if weight is None else (weight * scale).to(ctx.weight_dtype),
             None,
         )

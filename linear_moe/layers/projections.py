@@ -70,7 +70,7 @@ class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        from linear_moe.kernels.slot_conv_operator import sum_slots
+        from linear_moe.kernels.mixing import sum_slots
 
         tokens, weight, ends, source, place = ctx.saved_tensors
         gradient = gradient.contiguous()
