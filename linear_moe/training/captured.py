@@ -90,9 +90,11 @@ class CapturedBackward:
         self._stream.wait_stream(current)
         # Gradients are made on the stream of their parameter's first use in a graph: all runs are on one.
         with torch.cuda.device(self._device), _same_buffers(self.model), torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP_RUNS):
+            for run in range(WARM_UP_RUNS):
                 _forget_gradients(self.parameters)
-                backpropagate(self.model, inputs, self.precision, *weights)
+                # The last refuses to wait. To be refused in the midst of a capture would leave torch's generator in it.
+                with _no_waiting() if run == WARM_UP_RUNS - 1 else contextlib.nullcontext():
+                    backpropagate(self.model, inputs, self.precision, *weights)
             _forget_gradients(self.parameters)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
@@ -163,6 +165,17 @@ def _looked_at(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """What waits for the device is a RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextlib.contextmanager
