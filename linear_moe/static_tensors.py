@@ -23,8 +23,8 @@ def static(make: Callable[..., Made]) -> Callable[..., Made]:
     """Keep what a function of sizes and, last, a device returns, wherever its tensors are plain ones. They must not be written.
 
     They are not while a graph is traced, which owns what is made in it, or under another dispatch mode (of fake tensors). On a
-    GPU what is kept is kept for a stream: what uses it comes after what made it. A captured graph takes what was made before the
-    capture, on whichever stream (a capture begins by waiting for all of them), and replays without making it; that is then kept
+    GPU what is kept is kept for a stream: what uses it comes after what made it. A captured graph takes what was made before
+    the capture, on whichever stream (it begins by waiting for all of them), and replays without making it; that is then kept
     for good, for the graph knows its address alone. What was not made before is made in the graph.
     """
 
