@@ -70,9 +70,9 @@ def _slots_of(
         at = token[:, None] * FAN_OUT + use[None, :]
         exists = (token < num_tokens)[:, None] & (use < FAN_OUT)[None, :]
         own = tl.load(memory_ptr + at, mask=exists, other=-1) == state
-        # A token uses a memory once.
-        uses = tl.sum(own.to(tl.int32), 1)
-        each = tl.sum(tl.where(own, at, 0), 1)
+        # A token uses a memory once. If it does not, its last use counts, and nothing is written out of bounds.
+        uses = tl.max(own.to(tl.int32), 1)
+        each = tl.max(tl.where(own, at, 0), 1)
         place = count + tl.cumsum(uses, 0) - uses
         here = (uses > 0)[None, :] & (place[None, :] == rank[:, None])
         slot += tl.sum(tl.where(here, each[None, :], 0), 1)
