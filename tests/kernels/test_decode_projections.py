@@ -237,12 +237,13 @@ def test_bad_input_by_slot_is_named() -> None:
 WIDE = replace(SOME, size=BY_SIZE[16].width + 3)
 MANY = Case(MOST + 2, states=3, rows=(3, 0, 0), size=5, skewed=True)
 TALL = replace(SOME, rows=(BY_SIZE[16].rows + 1, BY_SIZE[16].rows + 1, BY_SIZE[16].rows + 1))
+# None of them writes out of bounds.
 BUGS: dict[str, tuple[Case, dict[str, str]]] = {
     "the first memory's matrix is every memory's": (SOME, {"weight_ptr += state.to(tl.int64) * (MEMORY_ROWS * SIZE)": "pass"}),
     "slots are taken for tokens": (SOME, {"source = target // FAN_OUT": "source = target"}),
     "tokens are taken for slots": (BY_SLOT, {"source = target\n            e": "source = target // FAN_OUT\n            e"}),
     "a slot's place counts itself": (SOME, {"tl.cumsum(uses, 0) - uses": "tl.cumsum(uses, 0)"}),
-    "what came before is forgotten": (MANY, {"place = count + tl": "place = tl"}),
+    "what came before counts twice": (MANY, {"place = count + tl": "place = 2 * count + tl"}),
     "every tile is the first": (MANY, {"rank = first + tl": "rank = tl"}),
     "the last channels are left out": (WIDE, {"range(0, SIZE, WIDTH)": "range(0, SIZE - WIDTH, WIDTH)"}),
     "one row too few": (SOME, {"in_matrix = row < num_rows": "in_matrix = row < num_rows - 1"}),
