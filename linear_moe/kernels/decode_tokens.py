@@ -123,77 +123,65 @@ def _softplus(x):
 
 
 @triton.jit
-def _where(mask, condition):
-    """The mask where a condition of a scalar holds. (The interpreter takes no `&` of a mask and a scalar.)"""
-    return mask & ((tl.zeros(mask.shape, tl.int32) + condition) != 0)
+def _columns(
+    memory_ptr, token_ptr, slot, token, column, inside, BY_TOKEN: tl.constexpr, MEMORY_COLUMNS: tl.constexpr,
+    TOKEN_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Columns of a projection that is made once a slot, or once a token."""
+    if BY_TOKEN:
+        at = token_ptr + token * TOKEN_COLUMNS + column
+    else:
+        at = memory_ptr + slot * MEMORY_COLUMNS + column
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _columns(
-    memory_ptr, token_ptr, by_token, slot, token, column, inside, MEMORY_COLUMNS: tl.constexpr, TOKEN_COLUMNS: tl.constexpr
+def _convolved(
+    z, state_ptr, weight_ptr, bias_ptr, row, channel, inside, DTYPE: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a projection, made once a slot or once a token; only one of the two loads reads."""
-    x = 0.0
-    if MEMORY_COLUMNS > 0:
-        own = _where(inside, by_token == 0)
-        x += tl.load(memory_ptr + slot * MEMORY_COLUMNS + column, mask=own, other=0.0).to(tl.float32)
-    if TOKEN_COLUMNS > 0:
-        shared = _where(inside, by_token != 0)
-        x += tl.load(token_ptr + token * TOKEN_COLUMNS + column, mask=shared, other=0.0).to(tl.float32)
-    return x
+    """What the convolution makes of z, which moves into the row of inputs that are carried. A pad's row, -1, is left alone."""
+    carried = (tl.zeros(inside.shape, tl.int64) + row >= 0) & inside
+    state_at = state_ptr + row * (WIDTH * CHANNELS) + channel
+    taps = ()
+    for tap in tl.static_range(1, WIDTH):
+        # Rounded as the inputs are.
+        taps = taps + (tl.load(state_at + tap * CHANNELS, mask=carried, other=0.0).to(DTYPE).to(tl.float32),)
+    taps = taps + (z,)
+    # All are read before any is written: what a thread writes another may have to read, if their layouts differ.
+    tl.debug_barrier()
+    total = tl.zeros(inside.shape, tl.float32)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    for tap in tl.static_range(WIDTH):
+        total += taps[tap] * tl.load(weight_ptr + channel * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
+        tl.store(state_at + tap * CHANNELS, taps[tap].to(state_ptr.dtype.element_ty), mask=carried)
+    return total
 
 
 @triton.jit
 def _make_part(
     memory_columns_ptr, token_columns_ptr, state_ptr, weight_ptr, bias_ptr, parts_ptr, slot, token, row, tile, num_slots,
     MEMORY_COLUMNS: tl.constexpr, TOKEN_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    PARTS: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    START: tl.constexpr, BY_TOKEN: tl.constexpr, COLUMN: tl.constexpr, PART_WIDTH: tl.constexpr, CHANNEL: tl.constexpr,
+    SILU: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a slot's parts."""
-    # The part that it is of, as numbers: one body serves all of them.
-    zero = tl.full((), 0, tl.int32)
-    first, by_token, begin, width, channel, silu, head, start = zero, zero, zero, zero, zero, zero, zero, zero
-    for part in tl.static_range(NUM_PARTS):
-        here = tile >= PARTS[part][0]
-        first = tl.where(here, PARTS[part][0], first)
-        by_token = tl.where(here, PARTS[part][1], by_token)
-        begin = tl.where(here, PARTS[part][2], begin)
-        width = tl.where(here, PARTS[part][3], width)
-        channel = tl.where(here, PARTS[part][4], channel)
-        silu = tl.where(here, PARTS[part][5], silu)
-        head = tl.where(here, PARTS[part][6], head)
-        start = tl.where(here, PARTS[part][7], start)
-    tile_width = tl.where(head > 0, head, BLOCK)
+    """One tile of one part of a slot."""
     lane = tl.arange(0, BLOCK)
-    place = (tile - first) * tile_width + lane
-    inside = (lane < tile_width) & (place < width)
-    z = _columns(
-        memory_columns_ptr, token_columns_ptr, by_token, slot, token, begin + place, inside, MEMORY_COLUMNS, TOKEN_COLUMNS
+    place = tile * TILE + lane
+    inside = (lane < TILE) & (place < PART_WIDTH)
+    y = _columns(
+        memory_columns_ptr, token_columns_ptr, slot, token, COLUMN + place, inside, BY_TOKEN, MEMORY_COLUMNS, TOKEN_COLUMNS
     )  # fmt: skip
-    if CHANNELS > 0:
-        convolved = _where(inside, channel >= 0)
-        carried = _where(convolved, row >= 0)
-        at = channel + place
-        state_at = state_ptr + row * (WIDTH * CHANNELS) + at
-        taps = ()
-        for tap in tl.static_range(1, WIDTH):
-            old = tl.load(state_at + tap * CHANNELS, mask=carried, other=0.0)
-            # Rounded as the inputs are.
-            taps = taps + (old.to(parts_ptr.dtype.element_ty).to(tl.float32),)
-        taps = taps + (z,)
-        # All are read before any is written: what a thread writes another may have to read, if their layouts differ.
-        tl.debug_barrier()
-        total = tl.zeros((BLOCK,), tl.float32)
-        if bias_ptr is not None:
-            total += tl.load(bias_ptr + at, mask=convolved, other=0.0).to(tl.float32)
-        for tap in tl.static_range(WIDTH):
-            total += taps[tap] * tl.load(weight_ptr + at * WIDTH + tap, mask=convolved, other=0.0).to(tl.float32)
-            tl.store(state_at + tap * CHANNELS, taps[tap].to(state_ptr.dtype.element_ty), mask=carried)
-        z = tl.where(channel >= 0, total, z)
-    y = tl.where(silu != 0, z * _sigmoid(z), z)
-    square = tl.sum(tl.where(inside, y * y, 0.0), 0)
-    y *= tl.where(head > 0, tl.rsqrt(square + NORM_EPS), 1.0)
-    out_ptr = parts_ptr + start.to(tl.int64) * num_slots + slot * width
+    if CHANNEL >= 0:
+        y = _convolved(
+            y, state_ptr, weight_ptr, bias_ptr, row, CHANNEL + place, inside, parts_ptr.dtype.element_ty, CHANNELS, WIDTH
+        )  # fmt: skip
+    if SILU:
+        y *= _sigmoid(y)
+    if HEAD > 0:
+        y *= tl.rsqrt(tl.sum(tl.where(inside, y * y, 0.0), 0) + NORM_EPS)
+    out_ptr = parts_ptr + tl.full((), START, tl.int64) * num_slots + slot * PART_WIDTH
     tl.store(out_ptr + place, y.to(parts_ptr.dtype.element_ty), mask=inside)
 
 
@@ -208,16 +196,16 @@ def _make_gates(
     inside = head < HEADS
     if DECAY is not None:
         x = _columns(
-            memory_columns_ptr, token_columns_ptr, tl.full((), DECAY[0], tl.int32), slot, token, DECAY[1] + head, inside,
-            MEMORY_COLUMNS, TOKEN_COLUMNS,
+            memory_columns_ptr, token_columns_ptr, slot, token, DECAY[1] + head, inside, DECAY[0], MEMORY_COLUMNS,
+            TOKEN_COLUMNS,
         )  # fmt: skip
         rate = tl.load(rate_ptr + head, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + head, mask=inside, other=0.0).to(tl.float32)
         tl.store(log_decay_ptr + slot * HEADS + head, -tl.exp(rate) * _softplus(x + shift), mask=inside)
     if STRENGTH is not None:
         x = _columns(
-            memory_columns_ptr, token_columns_ptr, tl.full((), STRENGTH[0], tl.int32), slot, token, STRENGTH[1] + head,
-            inside, MEMORY_COLUMNS, TOKEN_COLUMNS,
+            memory_columns_ptr, token_columns_ptr, slot, token, STRENGTH[1] + head, inside, STRENGTH[0], MEMORY_COLUMNS,
+            TOKEN_COLUMNS,
         )  # fmt: skip
         tl.store(beta_ptr + slot * HEADS + head, largest * _sigmoid(x), mask=inside)
 
@@ -240,33 +228,38 @@ def _tokens_kernel(
         row = tl.where(tl.load(valid_ptr + token) != 0, row, -1)
     if tile == 0:
         tl.store(rows_ptr + slot, row)
-    if tile < TILES:
-        _make_part(
-            memory_columns_ptr, token_columns_ptr, state_ptr, weight_ptr, bias_ptr, parts_ptr, slot, token, row, tile,
-            num_slots, MEMORY_COLUMNS, TOKEN_COLUMNS, CHANNELS, WIDTH, PARTS, NUM_PARTS, BLOCK,
-        )  # fmt: skip
-    else:
-        _make_gates(
-            memory_columns_ptr, token_columns_ptr, rate_ptr, shift_ptr, log_decay_ptr, beta_ptr, slot, token, largest,
-            MEMORY_COLUMNS, TOKEN_COLUMNS, HEADS, HEADS_BLOCK, DECAY, STRENGTH,
-        )  # fmt: skip
+    for part in tl.static_range(NUM_PARTS):
+        if (tile >= PARTS[part][0]) & (tile < PARTS[part][1]):
+            _make_part(
+                memory_columns_ptr, token_columns_ptr, state_ptr, weight_ptr, bias_ptr, parts_ptr, slot, token, row,
+                tile - PARTS[part][0], num_slots, MEMORY_COLUMNS, TOKEN_COLUMNS, CHANNELS, WIDTH, PARTS[part][2],
+                PARTS[part][3], PARTS[part][4], PARTS[part][5], PARTS[part][6], PARTS[part][7], PARTS[part][8],
+                PARTS[part][9], BLOCK,
+            )  # fmt: skip
+    if GATES > 0:
+        if tile == TILES:
+            _make_gates(
+                memory_columns_ptr, token_columns_ptr, rate_ptr, shift_ptr, log_decay_ptr, beta_ptr, slot, token, largest,
+                MEMORY_COLUMNS, TOKEN_COLUMNS, HEADS, HEADS_BLOCK, DECAY, STRENGTH,
+            )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
 def _tiling(parts: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], int, int]:
-    """Of parts, their fields one after another: for each its first tile, its fields and where its output starts (in numbers a
-    slot); the tiles of a slot; and the channels of a tile.
+    """Of the parts' fields, one after another: a row for each part, the tiles of a slot, and the channels of a tile at most.
+
+    A row is the part's first tile and the one behind its last, where its output starts (in numbers a slot), the fields, and
+    the channels of its tiles: a norm needs its head in one.
     """
     each = [Part(bool(by_token), *rest) for by_token, *rest in zip(*[iter(parts)] * len(Part._fields), strict=True)]
-    # A part narrower than a tile takes one; a norm needs its head in one.
     block = block_of(max(part.head or min(part.width, LAUNCH.channels) for part in each))
-    table, tile, start = [], 0, 0
+    table, first, start = [], 0, 0
     for part in each:
-        fields = (int(part.by_token), part.column, part.width, part.channel, int(part.silu), part.head)
-        table.append((tile, *fields, start))
-        tile += cdiv(part.width, part.head or block)
-        start += part.width
-    return tuple(table), tile, block
+        tile = part.head or block
+        last = first + cdiv(part.width, tile)
+        table.append((first, last, start, *(int(field) for field in part), tile))
+        first, start = last, start + part.width
+    return tuple(table), first, block
 
 
 def _flat(parts: Sequence[Part]) -> list[int]:
