@@ -54,7 +54,7 @@ def static(make: Callable[..., Made]) -> Callable[..., Made]:
             return in_graphs[arguments]
         made = latest[arguments] = kept(torch.cuda.current_stream(device).cuda_stream, *arguments)
         if len(latest) > MOST_KEPT:
-            del latest[next(iter(latest))]
+            latest.pop(next(iter(latest)), None)
         return made
 
     return get

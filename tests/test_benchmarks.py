@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import linear_moe
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "chunked_vs_recurrent.py"
@@ -26,10 +28,11 @@ def test_chunked_vs_recurrent(tmp_path: Path) -> None:
     assert all(f"{row['speed_up']}x" in result.stdout for row in rows)
 
 
-def test_conv_part_says_that_it_needs_a_gpu() -> None:
+@pytest.mark.parametrize("name", ["conv_part.py", "decoding.py"])
+def test_a_script_says_that_it_needs_a_gpu(name: str) -> None:
     """All that it imports is there."""
-    command = [sys.executable, "-W", "error", SCRIPT.parent / "conv_part.py"]
+    command = [sys.executable, "-W", "error", SCRIPT.parent / name]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert result.returncode == 1
-    assert result.stderr == "conv_part.py times kernels on a GPU: it needs a CUDA device\n"
+    assert result.stderr == f"{name} times kernels on a GPU: it needs a CUDA device\n"

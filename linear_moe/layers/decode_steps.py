@@ -61,7 +61,7 @@ class Decoding:
     strength: Columns | None
     """Of that of a delta write's strength."""
     gates: bool
-    """Whether a kernel makes what gates there are."""
+    """Whether the rule's tokens are q, k, v and what gates a kernel makes."""
 
 
 def plan_decoding(layer: RecurrentMixer) -> Decoding | None:
@@ -92,16 +92,16 @@ def plan_decoding(layer: RecurrentMixer) -> Decoding | None:
             parts[name] = Columns(by_token, column, width, channels.get(name, -1), silu, head)
             column += width
     normalized = all(name in parts and parts[name].head for name in ("q", "k"))
-    if not (normalized and _gates_are_declared(layer)):
+    if not _gates_are_declared(layer, normalized):
         return Decoding(parts, unfinished, normalized, None, None, False)
     decay, strength = (None if form is None else parts.pop(form.projection) for form in rule.gate_forms())
     return Decoding(parts, unfinished, normalized, decay, strength, True)
 
 
-def _gates_are_declared(layer: RecurrentMixer) -> bool:
-    """Whether the rule's gates are those of its `gate_forms` alone, made of a plain projection of a number a head."""
+def _gates_are_declared(layer: RecurrentMixer, normalized: bool) -> bool:
+    """Whether the rule's tokens are q, k, v and its `gate_forms`, each of a plain projection of a number a head."""
     rule = layer.rule
-    for method in ("gates", "normalized_tokens", "_gated"):
+    for method in ("gates", "_gated", "normalized_tokens" if normalized else "tokens"):
         if getattr(type(rule), method) is not getattr(UpdateRule, method):
             return False
     declared = rule.projections()
@@ -173,13 +173,15 @@ def decode_token(
     raw = dict(zip(plan.parts, made.parts, strict=True))
     raw |= {name: _finish(layer, name, raw[name], memory) for name in plan.unfinished}
     raw = {name: value[None] for name, value in raw.items()}
-    parameters = layer.gate_parameters.of_slots(lambda: memory.view(1, -1))
+    parameters = layer.gate_parameters.of_slots(lambda: memory.reshape(1, -1))
+    positions = None
+    if not plan.normalized:
+        positions = state.tokens_seen[:, None].expand(-1, memory.shape[1]).reshape(1, -1)
     if plan.gates:
-        rule_tokens = _tokens(rule, raw, made.log_decay, made.beta)
-    elif plan.normalized:
+        rule_tokens = _tokens(rule, raw, made.log_decay, made.beta, positions)
+    elif positions is None:
         rule_tokens = rule.normalized_tokens(raw, parameters)
     else:
-        positions = state.tokens_seen[:, None].expand(-1, memory.shape[1]).reshape(1, -1)
         rule_tokens = rule.tokens(raw, parameters, positions)
     decay, beta = rule_tokens.log_decay, rule_tokens.beta
     reads = decode_step(
@@ -241,10 +243,14 @@ def _finish(layer: RecurrentMixer, name: str, value: Tensor, memory: Tensor) -> 
     return activate(value, layer.activations[name])
 
 
-def _tokens(rule: UpdateRule, raw: dict[str, Tensor], log_decay: Tensor | None, beta: Tensor | None) -> Tokens:
-    """What `UpdateRule.normalized_tokens` makes, with gates that are made."""
+def _tokens(
+    rule: UpdateRule, raw: dict[str, Tensor], log_decay: Tensor | None, beta: Tensor | None, positions: Tensor | None
+) -> Tokens:
+    """What `UpdateRule.tokens` makes, with gates that are made; what `normalized_tokens` does, without positions."""
     dims = rule.dims
     q, k = (raw[name].unflatten(-1, (dims.num_heads, dims.head_dim)) for name in ("q", "k"))
+    if positions is not None:
+        q, k = rule.qk_transform(q, k, positions)
     v = raw["v"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
     return Tokens(q, k, v, None if log_decay is None else log_decay[None], None if beta is None else beta[None])
 

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from linear_moe.forms import Decay, Erase, GateForms, Recurrence
+from linear_moe.forms import Decay, Erase, GateForms, Recurrence, SoftplusDecay
 from linear_moe.kernels import decode_projections, decode_tokens
 from linear_moe.layers import MemoryLayer, MoMLayer, decode_steps, recurrent_mixer
 from linear_moe.layers.state import MemoryState
 from linear_moe.rules import GatedDeltaNet, LinearAttention, rule_names
-from linear_moe.rules.base import UpdateRule
+from linear_moe.rules.base import Parameter, Projection, Tokens, UpdateRule
+from linear_moe.rules.transforms import rotary
 from linear_moe.testing.budget import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,6 +144,38 @@ def test_gates_of_a_users_own_are_asked() -> None:
     made = decoded(layer, *draw(2, 1))
     expected = decoded(build(Wide, impl="chunked"), *draw(2, 1))
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Faded(UpdateRule):
+    """Gates of a declared form, and queries and keys without a norm."""
+
+    form = Recurrence(Decay.SCALAR)
+
+    def projections(self) -> dict[str, Projection]:
+        return super().projections() | {"time": Projection(self.dims.num_value_heads)}
+
+    def parameters(self) -> dict[str, Parameter]:
+        shape = (self.dims.num_value_heads,)
+        return {"rate": Parameter(shape, torch.zeros), "shift": Parameter(shape, torch.zeros)}
+
+    def qk_transform(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(q, positions), rotary(k, positions)
+
+    def gate_forms(self) -> GateForms:
+        return GateForms(SoftplusDecay("time", "rate", "shift"))
+
+    @staticmethod
+    def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
+        assert token.log_decay is not None
+        state = token.log_decay.exp()[..., None] * state + token.k[..., :, None] * token.v[..., None, :]
+        return state, (token.q[..., None, :] @ state).squeeze(-2)
+
+
+def test_a_users_gates_of_a_declared_form_are_made() -> None:
+    plan = build(Faded).decoding
+    assert plan.gates and plan.decay is not None and not plan.normalized
+    check(Faded, *draw(2, 2, padded=True))
 
 
 def todays_path(patch: Patch) -> None:
