@@ -283,7 +283,9 @@ def _slots_in_order(num_slots: int, device: torch.device) -> Tensor:
 
 
 def _plain(module: nn.Module | None) -> nn.Linear | None:
-    """A module that is its weight and nothing else, or None: adapters and hooks want to be called."""
+    """A module that is its weight and nothing else, or None: adapters and hooks want to be called, and what has put a `forward`
+    of its own into a module may keep the weight elsewhere until then.
+    """
     if type(module) is not nn.Linear or getattr(module, "bias", None) is not None:
         return None
-    return None if module._forward_hooks or module._forward_pre_hooks else module
+    return None if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) else module
