@@ -77,24 +77,28 @@ def plan_decoding(layer: RecurrentMixer) -> Decoding | None:
         return None
     if any(declared[name].rank is not None or declared[name].bias for name in layer.convolved):
         return None
-    normalizes = rule.normalizes_qk and rule.dims.head_dim <= LARGEST_HEAD
     channels, first = {}, 0
     for name in layer.convolved:
         channels[name], first = first, first + declared[name].width
     unfinished = frozenset(name for name, spec in declared.items() if spec.rank is not None or spec.bias)
+    # Both or none: whoever norms the other norms them both.
+    normalized = (
+        rule.normalizes_qk and rule.dims.head_dim <= LARGEST_HEAD and {"q", "k"} <= declared.keys() - unfinished
+    )
     parts = {}
     for by_token, projections in ((False, layer.memory_projections), (True, layer.token_projections)):
         column = 0
         for name, spec in projections.items():
             width = spec.width if spec.rank is None else spec.rank
             silu = name not in unfinished and spec.activation == "silu"
-            head = rule.dims.head_dim if normalizes and name not in unfinished and name in ("q", "k") else 0
+            head = rule.dims.head_dim if normalized and name in ("q", "k") else 0
             parts[name] = Columns(by_token, column, width, channels.get(name, -1), silu, head)
             column += width
-    normalized = all(name in parts and parts[name].head for name in ("q", "k"))
     if not _gates_are_declared(layer, normalized):
         return Decoding(parts, unfinished, normalized, None, None, False)
-    decay, strength = (None if form is None else parts.pop(form.projection) for form in rule.gate_forms())
+    made = [form.projection for form in rule.gate_forms() if form is not None]
+    decay, strength = (None if form is None else parts[form.projection] for form in rule.gate_forms())
+    parts = {name: columns for name, columns in parts.items() if name not in made}
     return Decoding(parts, unfinished, normalized, decay, strength, True)
 
 

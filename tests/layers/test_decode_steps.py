@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -176,6 +176,21 @@ def test_a_users_gates_of_a_declared_form_are_made() -> None:
     plan = build(Faded).decoding
     assert plan.gates and plan.decay is not None and not plan.normalized
     check(Faded, *draw(2, 2, padded=True))
+
+
+@dataclass(frozen=True)
+class BiasedQueries(GatedDeltaNet):
+    """Queries that are not done with the kernel's part, so that neither their norm is its nor that of the keys."""
+
+    def projections(self) -> dict[str, Projection]:
+        projections = super().projections()
+        return projections | {"q": replace(projections["q"], bias=True, conv=False)}
+
+
+def test_queries_and_keys_are_normed_by_one() -> None:
+    plan = build(BiasedQueries).decoding
+    assert not plan.normalized and plan.unfinished == {"q"} and not plan.parts["k"].head
+    check(BiasedQueries, *draw(2, 2, padded=True))
 
 
 def todays_path(patch: Patch) -> None:
