@@ -28,11 +28,19 @@ def test_chunked_vs_recurrent(tmp_path: Path) -> None:
     assert all(f"{row['speed_up']}x" in result.stdout for row in rows)
 
 
-@pytest.mark.parametrize("name", ["conv_part.py", "decoding.py"])
-def test_a_script_says_that_it_needs_a_gpu(name: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [
+        ("conv_part.py", "times kernels"),
+        ("block_parts.py", "times kernels"),
+        ("decoding.py", "times kernels"),
+        ("experts.py", "times a layer"),
+    ],
+)
+def test_what_needs_a_gpu_says_so(script: str, what: str) -> None:
     """All that it imports is there."""
-    command = [sys.executable, "-W", "error", SCRIPT.parent / name]
+    command = [sys.executable, "-W", "error", SCRIPT.parent / script]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert result.returncode == 1
-    assert result.stderr == f"{name} times kernels on a GPU: it needs a CUDA device\n"
+    assert result.stderr == f"{script} {what} on a GPU: it needs a CUDA device\n"

@@ -60,6 +60,9 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="On a GPU, only algorithms that repeat their bits: slower.")
     ] = _SETTINGS.deterministic,
+    capture: Annotated[
+        bool, typer.Option(help="On one GPU, replay forward and backward from CUDA graphs: faster.")
+    ] = _SETTINGS.capture,
     seed: Annotated[int, typer.Option(help="Of the parameters and of the data's order.")] = _SETTINGS.seed,
     problem: Annotated[
         list[str] | None,
@@ -174,6 +177,7 @@ def train(
                 weight_decay=weight_decay,
                 gradient_clip=gradient_clip,
                 deterministic=deterministic,
+                capture=capture,
                 accumulate=world.size if accumulate is None else accumulate,
                 seed=seed,
                 precision=precision,

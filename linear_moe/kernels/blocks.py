@@ -92,6 +92,15 @@ def pair_decays(later, earlier, seen):
 
 
 @triton.jit
+def sigmoids(z):
+    """Of z and of -z, without an exponential that could overflow."""
+    fading = tl.exp(-tl.abs(z))
+    larger = 1.0 / (1.0 + fading)
+    smaller = fading * larger
+    return tl.where(z >= 0, larger, smaller), tl.where(z >= 0, smaller, larger)
+
+
+@triton.jit
 def _zero_kernel(ptr, border_ptr, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     border = tl.load(border_ptr)

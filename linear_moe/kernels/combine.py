@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import cdiv
+from linear_moe.kernels.blocks import cdiv, sigmoids
 from linear_moe.kernels.launch import launch_kernel
 
 LARGEST_VALUE_DIM = 256
@@ -85,15 +85,6 @@ def _normed(
 
 
 @triton.jit
-def _sigmoids(z):
-    """Of z and of -z, without an exponential that could overflow."""
-    fading = tl.exp(-tl.abs(z))
-    larger = 1.0 / (1.0 + fading)
-    smaller = fading * larger
-    return tl.where(z >= 0, larger, smaller), tl.where(z >= 0, smaller, larger)
-
-
-@triton.jit
 def _forward_kernel(
     reads_ptr, place_ptr, weights_ptr, gate_ptr, norm_weight_ptr, valid_ptr, output_ptr, eps, SLOTS: tl.constexpr,
     HEADS: tl.constexpr, V: tl.constexpr, HEADS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -109,7 +100,7 @@ def _forward_kernel(
     )
     z = tl.load(gate_ptr + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
     norm_weight = tl.load(norm_weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    output = tl.where(inside, normed * norm_weight[None, :] * (z * _sigmoids(z)[0]), 0.0)
+    output = tl.where(inside, normed * norm_weight[None, :] * (z * sigmoids(z)[0]), 0.0)
     written = (head < HEADS)[:, None] & in_row[None, :]
     tl.store(output_ptr + token * SIZE + at, output.to(output_ptr.dtype.element_ty), mask=written)
 
@@ -138,7 +129,7 @@ def _backward_kernel(
         )
         z = tl.load(gate_ptr + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
         d_output = tl.load(d_output_ptr + token * SIZE + at, mask=inside, other=0.0).to(tl.float32)
-        up, down = _sigmoids(z)
+        up, down = sigmoids(z)
         d_gate = tl.where(inside, d_output * normed * norm_weight[None, :] * (up * (1.0 + z * down)), 0.0)
         tl.store(d_gate_ptr + token * SIZE + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=written)
         gated = d_output * (z * up)

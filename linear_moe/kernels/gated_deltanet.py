@@ -330,7 +330,6 @@ def backward(
     d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     log_decay: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
@@ -340,7 +339,8 @@ def backward(
     decay: Decay,
     scale: float,
 ) -> Backward:
-    """The gradients of `forward`; `kept` as it returned it."""
+    """The gradients of `forward`; `kept` as it returned it. The values themselves are not needed."""
+    v = kept.wrong
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     num_tokens, heads, value_dim = v.shape
     key_dim, splits = k.shape[2], walk.splits

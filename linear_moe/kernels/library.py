@@ -234,36 +234,37 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
 
 @operator("gated_deltanet_backward")
 def _delta_backward(
-    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor, wrong: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
+    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, wrong: Tensor, log_decay: Tensor | None, beta: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
     transitions: Tensor, states: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     solved = gated_deltanet.Solved(erasure, reads)
     kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), _or_none(states))
-    with torch.cuda.device_of(v):
+    with torch.cuda.device_of(q):
         made = gated_deltanet.backward(
-            d_output, d_final, q, k, v, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
+            d_output, d_final, q, k, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
             decay=Decay(decay), scale=scale,
         )  # fmt: skip
-    return made.q, made.k, made.v, _or_empty(made.log_decay, v), made.beta, _or_empty(made.initial_state, v)
+    return made.q, made.k, made.v, _or_empty(made.log_decay, q), made.beta, _or_empty(made.initial_state, q)
 
 
 @torch.library.register_fake("linear_moe::gated_deltanet_backward")
 def _(
-    d_output, d_final, q, k, v, log_decay, beta, initial_state, cu_seqlens, wrong, erasure, reads, starts, transitions,
+    d_output, d_final, q, k, wrong, log_decay, beta, initial_state, cu_seqlens, erasure, reads, starts, transitions,
     states, max_length, dense, scale, decay,
 ):  # fmt: skip
     return (
-        *(torch.empty_like(x) for x in (q, k, v)),
-        _or_empty(None, v) if log_decay is None else torch.empty_like(log_decay),
+        *(torch.empty_like(x) for x in (q, k, wrong)),
+        _or_empty(None, q) if log_decay is None else torch.empty_like(log_decay),
         torch.empty_like(beta),
-        _or_empty(None, v) if initial_state is None else torch.empty_like(initial_state),
+        _or_empty(None, q) if initial_state is None else torch.empty_like(initial_state),
     )
 
 
 def _keep_for_delta(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+    q, k, _, *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
+    # In place of v what was wrong about it, from which the backward pass is made.
+    ctx.save_for_backward(q, k, output[2], *tensors, *output[3:])
     ctx.set_materialize_grads(False)
 
 

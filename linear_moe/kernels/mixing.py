@@ -1,4 +1,4 @@
-"""A mixture's steps beside the scan as torch library operators: the plan of its slots, and what a token reads from them.
+"""A mixture's steps as torch library operators: the plan of its slots, what a token reads from memories, and sums of its slots.
 
 An operator takes and returns tensors and numbers. What is not made is an empty tensor there, None outside.
 """
@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.kernels import combine, slot_plan
-from linear_moe.kernels.operator import operator
+from linear_moe.kernels import combine, slot_plan, slot_sum
+from linear_moe.kernels.operator import FLOATS, check_tensor, operator
 from linear_moe.kernels.slot_plan import SlotPlan
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @operator("slot_plan")
@@ -51,8 +49,8 @@ def plan_slots(memory: Tensor, sequence: Tensor, num_states: int, num_sequences:
         raise ValueError(f"memory must be [S, F] with F at least 1, got shape {list(memory.shape)}")
     if memory.numel() > slot_plan.MOST_SLOTS:
         raise ValueError(f"memory must have at most {slot_plan.MOST_SLOTS} slots, got {memory.numel()}")
-    _check("sequence", sequence, (memory.shape[0],), "[S]", (torch.int64,), memory.device)
-    _check("memory", memory, tuple(memory.shape), "[S, F]", (torch.int64,), memory.device)
+    check_tensor("sequence", sequence, (memory.shape[0],), "[S]", (torch.int64,), memory.device)
+    check_tensor("memory", memory, tuple(memory.shape), "[S, F]", (torch.int64,), memory.device)
     for name, value, least in (("num_states", num_states, 1), ("num_sequences", num_sequences, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -144,32 +142,109 @@ def combine_reads(
     if slots != tokens * fan_out or bool(slots) != bool(tokens):
         raise ValueError(f"reads must have a row for each of F slots of the gate's {tokens} tokens, got {slots}")
     for name, tensor, shape, meaning, dtypes in (
-        ("reads", reads, (slots, heads, value_dim), "[R, H, V]", _FLOATS),
+        ("reads", reads, (slots, heads, value_dim), "[R, H, V]", FLOATS),
         ("place", place, (slots,), "[R]", (torch.int64,)),
         ("weights", weights, (tokens, fan_out) if tokens else None, "[S, F]", (torch.float32,)),
-        ("gate", gate, (tokens, heads * value_dim), "[S, H * V]", _FLOATS),
-        ("norm_weight", norm_weight, (value_dim,), "[V]", _FLOATS),
+        ("gate", gate, (tokens, heads * value_dim), "[S, H * V]", FLOATS),
+        ("norm_weight", norm_weight, (value_dim,), "[V]", FLOATS),
         ("valid", valid, (tokens,), "[S]", (torch.bool,)),
     ):
         if tensor is not None:
-            _check(name, tensor, shape, meaning, dtypes, reads.device)
+            check_tensor(name, tensor, shape, meaning, dtypes, reads.device)
     tensors = (reads, place, weights, gate, norm_weight, valid)
     output: Tensor = _combine(*(None if x is None else x.contiguous() for x in tensors), eps)
     return output
 
 
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...] | None,
-    meaning: str,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {meaning} = {list(shape)}, got shape {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name} must be of dtype {allowed}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the device {device}, got {tensor.device}")
+@operator("sum_slots")
+def sum_slots(slots: Tensor, place: Tensor) -> Tensor:
+    """Rows `[R, C]` summed in float32 over each token's places `[S, F]` in their order, but for negative ones: `[S, C]`."""
+    with torch.cuda.device_of(slots):
+        return slot_sum.forward(slots, place, None, None)
+
+
+@torch.library.register_fake("linear_moe::sum_slots")
+def _(slots, place):
+    return slots.new_empty(place.shape[0], slots.shape[1])
+
+
+@operator("weighted_sum")
+def _weighted_sum(slots: Tensor, place: Tensor, weights: Tensor, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with torch.cuda.device_of(slots):
+        return slot_sum.forward(slots, place, weights, addend, dtype)
+
+
+@torch.library.register_fake("linear_moe::weighted_sum")
+def _(slots, place, weights, addend, dtype):
+    return slots.new_empty(place.shape[0], slots.shape[1], dtype=dtype)
+
+
+@operator("weighted_sum_backward")
+def _weighted_sum_backward(d_sum: Tensor, slots: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(slots):
+        return tuple(slot_sum.backward(d_sum, slots, place, weights))  # type: ignore[return-value]
+
+
+@torch.library.register_fake("linear_moe::weighted_sum_backward")
+def _(d_sum, slots, place, weights):
+    return slots.new_empty(slots.shape), weights.new_empty(weights.shape)
+
+
+def _keep_for_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    slots, place, weights, addend, _ = inputs
+    ctx.addend_dtype = None if addend is None else addend.dtype
+    ctx.save_for_backward(slots, place, weights)
+
+
+def _sum_gradients(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
+    d_slots, d_weights = _weighted_sum_backward(d_sum.contiguous(), *ctx.saved_tensors)
+    return d_slots, None, d_weights, None if ctx.addend_dtype is None else d_sum.to(ctx.addend_dtype), None
+
+
+torch.library.register_autograd("linear_moe::weighted_sum", _sum_gradients, setup_context=_keep_for_sum)
+
+
+def weighted_sum(
+    slots: Tensor, place: Tensor, weights: Tensor, *, addend: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y[s] = addend[s] + sum_f weights[s, f] * slots[place[s * F + f]].
+
+    Args:
+        slots: `[R, C]` float32, bfloat16 or float16 in the order of a plan.
+        place: `[R]` int64: where each slot lies; R = S * F, each place once.
+        weights: `[S, F]` float32.
+        addend: `[S, C]` float32, bfloat16 or float16, or None for nothing.
+        dtype: of the result; that of the slots unless given.
+
+    Returns:
+        `[S, C]`, made in float32. Differentiable in the slots, the weights and the addend; the same input gives the same bits.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if slots.dim() != 2:
+        raise ValueError(f"slots must be [R, C], got shape {list(slots.shape)}")
+    if weights.dim() != 2 or weights.numel() != slots.shape[0] or weights.shape[1] < 1:
+        raise ValueError(
+            f"weights must be [S, F] with one of each of the {slots.shape[0]} slots, got shape {list(weights.shape)}"
+        )
+    tokens, channels = weights.shape[0], slots.shape[1]
+    for name, tensor, shape, meaning, dtypes in (
+        ("slots", slots, tuple(slots.shape), "[R, C]", FLOATS),
+        ("place", place, (slots.shape[0],), "[R]", (torch.int64,)),
+        ("weights", weights, tuple(weights.shape), "[S, F]", (torch.float32,)),
+        ("addend", addend, (tokens, channels), "[S, C]", FLOATS),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, meaning, dtypes, slots.device)
+    dtype = slots.dtype if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    output: Tensor = _weighted_sum(
+        slots.contiguous(),
+        place.contiguous().view(weights.shape),
+        weights.contiguous(),
+        None if addend is None else addend.contiguous(),
+        dtype,
+    )
+    return output

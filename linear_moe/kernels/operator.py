@@ -1,4 +1,4 @@
-"""How a function of tensors becomes a torch library operator."""
+"""How a function of tensors becomes a torch library operator, and what its arguments are asked for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("linear_moe", "FRAGMENT")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels take."""
 
 
 def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -28,3 +31,21 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
         return getattr(torch.ops.linear_moe, name).default
 
     return register
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | None,
+    meaning: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless an operator's argument has the `shape`, if one is given, a dtype of `dtypes`, and the device."""
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {meaning} = {list(shape)}, got shape {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be of dtype {allowed}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device {device}, got {tensor.device}")

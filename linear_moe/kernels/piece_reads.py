@@ -54,7 +54,8 @@ def choose_launch(dtype: torch.dtype) -> Launch:
 
     0.147; 2 stages 0.183, columns of 64 0.166. With 64 rows and 4 warps, 2 stages 0.162, 3 stages 0.187, slices of 32 0.184;
     with 8 warps and columns of 64 0.237. Pieces of 128 gain a tenth here, and cost the first step twice the states; of 512 they
-    cost a quarter.
+    cost a quarter. Fading pairs of other blocks by a factor a token, in loops of their own, made all reads of a gated delta
+    rule's passes 8% slower: the second pair of loops takes registers that spill.
     """
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.

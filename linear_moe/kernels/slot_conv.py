@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.kernels import slot_sum
 from linear_moe.kernels.blocks import block_of, cdiv
 from linear_moe.kernels.launch import launch_kernel
 
@@ -364,24 +365,6 @@ def _backward_kernel(
         tl.store(at, sums[tap], mask=exists)
 
 
-@triton.jit
-def _sum_slots_kernel(
-    d_slots_ptr, place_ptr, d_x_ptr, num_tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    FAN_OUT: tl.constexpr,
-):  # fmt: skip
-    """The sum over the slots that read a token, in their order."""
-    channels, in_channels, run = _channels_of(tl.program_id(0), CHANNELS, BLOCK, BLOCK)
-    tokens = run * ROWS + tl.arange(0, ROWS)
-    exists = tokens < num_tokens
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for reader in range(FAN_OUT):
-        slot = tl.load(place_ptr + tokens * FAN_OUT + reader, mask=exists, other=-1)
-        at = d_slots_ptr + slot[:, None] * CHANNELS + channels[None, :]
-        total += tl.load(at, mask=(slot >= 0)[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
-    at = d_x_ptr + tokens[:, None] * CHANNELS + channels[None, :]
-    tl.store(at, total.to(d_x_ptr.dtype.element_ty), mask=exists[:, None] & in_channels[None, :])
-
-
 class Conv(NamedTuple):
     """What a call convolves, and how. All but `x` contiguous; `x` along its channels."""
 
@@ -529,31 +512,13 @@ def backward(
         )
     summed = sums.sum(0)
     return Gradients(
-        d_slots if d_slots is None or conv.source is None else sum_slots(d_slots, place, conv.x.shape[0]),
+        d_slots if d_slots is None or conv.source is None else _sum_of_readers(d_slots, place),
         summed[: conv.width].T.contiguous().to(conv.weight.dtype),
         None if conv.bias is None else summed[conv.width].to(conv.bias.dtype),
     )
 
 
-def sum_slots(d_slots: Tensor, place: Tensor | None, num_tokens: int) -> Tensor:
-    """Each token's sum over its slots `[S, C]`."""
+def _sum_of_readers(d_slots: Tensor, place: Tensor | None) -> Tensor:
+    """The gradient of what was read through a source: each row's sum over the slots that read it."""
     assert place is not None
-    channels = d_slots.shape[1]
-    d_x = d_slots.new_empty(num_tokens, channels)
-    block = block_of(channels, COPY.channels)
-    rows = COPY.numbers // block
-    if num_tokens:
-        launch_kernel(
-            _sum_slots_kernel,
-            cdiv(num_tokens, rows) * cdiv(channels, block),
-            d_slots,
-            place,
-            d_x,
-            num_tokens,
-            CHANNELS=channels,
-            BLOCK=block,
-            ROWS=rows,
-            FAN_OUT=place.shape[1],
-            num_warps=COPY.num_warps,
-        )
-    return d_x
+    return slot_sum.forward(d_slots, place, None, None)

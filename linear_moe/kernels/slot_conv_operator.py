@@ -91,18 +91,6 @@ def _gradients(ctx: Any, d_output: Tensor | None, d_carried: Tensor | None) -> t
 torch.library.register_autograd("linear_moe::slot_conv", _gradients, setup_context=_keep)
 
 
-@operator("sum_slots")
-def sum_slots(slots: Tensor, place: Tensor) -> Tensor:
-    """Rows `[R, C]` summed in float32 over each token's places `[S, F]` in their order, but for negative ones: `[S, C]`."""
-    with torch.cuda.device_of(slots):
-        return kernels.sum_slots(slots, place, place.shape[0])
-
-
-@torch.library.register_fake("linear_moe::sum_slots")
-def _(slots, place):
-    return slots.new_empty(place.shape[0], slots.shape[1])
-
-
 def segment_of_slots(cu_seqlens: Tensor, num_slots: int) -> Tensor:
     """`[R]` int32: the segment of each slot, and N of those past the last border `cu_seqlens` `[N + 1]`."""
     slots = torch.arange(num_slots, device=cu_seqlens.device)

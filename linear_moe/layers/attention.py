@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from linear_moe.layers.attention_state import AttentionState
 from linear_moe.layers.checks import check_input, check_state
 from linear_moe.layers.initialization import normal_init_
+from linear_moe.layers.packed_attention import attend_packed, flash_takes
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.rules.looks import may_look
 from linear_moe.rules.segments import Segments, pad_segments, segments_of, unpad_segments
@@ -119,9 +120,9 @@ class SoftmaxAttention(nn.Module):
         Args:
             x: `[B, T, D]`.
             padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere, are not looked at and read 0.
-            cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`. On a CPU a
-                document costs what it costs alone. On a GPU, where reading the borders would be a wait, all T^2 pairs of the
-                row are masked instead.
+            cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`. A document costs
+                what it costs alone, but for float32 on a GPU, where reading the borders would be a wait: there all T^2 pairs
+                of the row are masked.
             state: from `new_state`, for B sequences or N documents; this call's tokens are added to it.
 
         Returns:
@@ -148,6 +149,9 @@ class SoftmaxAttention(nn.Module):
         alone = columns.num_columns == x.shape[1] and padding_mask is None and cu_seqlens is None
         if cu_seqlens is not None and state is None and may_look(x.device):
             output = self._attend_documents(rows, cu_seqlens)
+        elif cu_seqlens is not None and state is None and flash_takes(rows.q, self.window):
+            k, v = self._shared(rows.k[0], 1), self._shared(rows.v[0], 1)
+            output = attend_packed(rows.q[0], k, v, cu_seqlens, self.window)[None]
         else:
             causal = alone and (self.window is None or x.shape[1] <= self.window)
             mask = None if causal else self._mask(rows, columns)
@@ -218,13 +222,15 @@ class SoftmaxAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, T, H, K]`; causal over equally many keys without a mask."""
-        shared_by = self.num_heads // self.num_kv_heads
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if shared_by > 1:
-            # Not `enable_gqa`: with a mask it leaves the fused backends and stores all scores.
-            k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)
+        # Not `enable_gqa`: with a mask it leaves the fused backends and stores all scores.
+        k, v = self._shared(k.transpose(1, 2), 1), self._shared(v.transpose(1, 2), 1)
         output = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
         return output.transpose(1, 2)
+
+    def _shared(self, x: Tensor, dim: int) -> Tensor:
+        """Key heads repeated to the query heads that share them."""
+        shared_by = self.num_heads // self.num_kv_heads
+        return x if shared_by == 1 else x.repeat_interleave(shared_by, dim)
 
     def new_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -26,7 +26,8 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.loss_dtype = loss.dtype
-        return output.view_as(output)
+        # The same numbers, and no view of them to autograd: what a sharded block returns should be none.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.layers.projections import autocast_dtype
 from linear_moe.rules.base import upcast
+from linear_moe.rules.scan import TRITON_INSTALLED
 
-LOGITS_AT_ONCE = 1 << 26
-"""256 MB in float32: what more would save in launches is nothing beside the products."""
+LOGITS_AT_ONCE = 1 << 27
+"""256 MB in bfloat16: what more would save in launches is nothing beside the products."""
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -31,16 +32,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 part = hidden[start : start + rows].to(dtype)
-                label = labels[start : start + rows, None]
-                logits = upcast(part @ matrix.mT)
-                normaliser = logits.logsumexp(-1, keepdim=True)
-                total += (normaliser - logits.gather(-1, label)).sum()
-                if not (wants_hidden or wants_weight):
-                    continue
-                # The probabilities, less 1 at the label.
-                gradient = logits.sub_(normaliser).exp_()
-                gradient.scatter_(-1, label, gradient.gather(-1, label) - 1)
-                gradient = gradient.to(dtype)
+                wants = wants_hidden or wants_weight
+                loss, gradient = _losses(part @ matrix.mT, labels[start : start + rows], wants)
+                total += loss
                 if hidden_gradient is not None:
                     hidden_gradient[start : start + rows] = gradient @ matrix
                 if weight_gradient is not None:
@@ -54,10 +48,28 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
+            # Not in 16 bits: a scale that is rounded is an error in every gradient.
+            None if hidden is None else (upcast(hidden) * scale).to(hidden.dtype),
             None if weight is None else (weight * scale).to(ctx.weight_dtype),
             None,
         )
+
+
+def _losses(logits: Tensor, labels: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The sum of the rows' cross entropies and, if wanted, its gradient, in place of the logits where that is possible."""
+    if logits.is_cuda and TRITON_INSTALLED and logits.dtype != torch.float64:
+        from linear_moe.kernels.cross_entropy_operator import cross_entropy_
+
+        return cross_entropy_(logits, labels, wants_gradient).sum(), logits
+    wide, label = upcast(logits), labels[:, None]
+    normaliser = wide.logsumexp(-1, keepdim=True)
+    loss = (normaliser - wide.gather(-1, label)).sum()
+    if not wants_gradient:
+        return loss, logits
+    # The probabilities, less 1 at the label.
+    gradient = wide.sub_(normaliser).exp_()
+    gradient.scatter_(-1, label, gradient.gather(-1, label) - 1)
+    return loss, gradient.to(logits.dtype)
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""A mixer's steps beside the scan on kernels of their own: when they run, and what a layer's declaration lets them take.
+"""A block's steps beside the scan on kernels of their own: when they run, and what a layer's declaration lets them take.
 
-The plan of the slots, the router's logits, the short convolution with its activation and the rule's l2 norm, and the weighted,
-gated sum of a token's reads. Where they don't run, PyTorch makes the same numbers.
+Of a mixer the router, the plan of the slots, the short convolution with its activation and the rule's l2 norm, and the
+weighted, gated sum of a token's reads; around it the residual addition with the norm after it, the feed-forward's gated unit,
+and the experts' sum. Where they don't run, PyTorch makes the same numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from linear_moe.rules.scan import TRITON_INSTALLED, TRUSTED_KERNEL_DTYPES
 
 LARGEST_CONV_WIDTH = 8
 LARGEST_HEAD = 256
+LARGEST_NORM = 8192
+"""Channels of the residual stream."""
 
 
 def kernels_run(x: Tensor, impl: str) -> bool:

@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.checks import check_input
-from linear_moe.layers.feed_forward import SwiGLU, swiglu_width
+from linear_moe.layers.feed_forward import SwiGLU, gated_unit, swiglu_width
 from linear_moe.layers.initialization import normal_init_
+from linear_moe.layers.kernel_steps import kernels_run, plan_of
 from linear_moe.layers.projections import grouped_linear
-from linear_moe.layers.routing import Router, Routing, sort_slots
+from linear_moe.layers.routing import Router, Routing, SlotPlan, sort_slots
+from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.slots import gather_tokens, scatter_slots
 from linear_moe.rules.base import upcast
 from linear_moe.rules.validate import check_padding_mask
@@ -39,6 +40,8 @@ class MixtureOfExperts(nn.Module):
             `update_balance_bias()` after each optimiser step.
         auxiliary: "attach" the auxiliary losses to the output's gradient, or "collect" them for the user to add: see
             `linear_moe.layers.auxiliary`.
+        impl: "auto" or "triton" for kernels between the products where they run, as for the memory layers; any other name for
+            PyTorch.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -64,6 +67,7 @@ class MixtureOfExperts(nn.Module):
         z_loss_weight: float = 0.0,
         balance_bias_rate: float = 0.0,
         auxiliary: str = "attach",
+        impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,6 +78,7 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.num_shared_experts = num_shared_experts
+        self.impl = impl
         self.width = swiglu_width(hidden_size, ratio, width)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.router = Router(
@@ -93,7 +98,7 @@ class MixtureOfExperts(nn.Module):
         self.in_weight = nn.Parameter(torch.empty(num_experts, 2 * self.width, hidden_size, **factory))
         self.out_weight = nn.Parameter(torch.empty(num_experts, hidden_size, self.width, **factory))
         shared_width = num_shared_experts * self.width
-        self.shared = SwiGLU(hidden_size, width=shared_width, **factory) if shared_width else None
+        self.shared = SwiGLU(hidden_size, width=shared_width, impl=impl, **factory) if shared_width else None
         self.routing: Routing | None = None
         self._reset_own_parameters()
 
@@ -126,28 +131,43 @@ class MixtureOfExperts(nn.Module):
         if x.shape[0] * x.shape[1] == 0:
             return torch.zeros_like(x)
         tokens = x.flatten(0, 1)
-        if padding_mask is None:
-            valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
-        else:
-            valid = padding_mask.to(x.device).flatten()
+        mask = None if padding_mask is None else padding_mask.flatten()[None]
+        # Experts know no sequences: all tokens are one.
+        sequences = describe_sequences(tokens[None], mask)
+        valid = sequences.valid
+        if padding_mask is not None:
             tokens = torch.where(valid[:, None], tokens, 0)
-        routing, loss = self.router(tokens, valid)
+        kernels = kernels_run(x, self.impl)
+        routing, loss = self.router(tokens, valid, kernel=kernels)
         # What is kept for a look holds on to no graph.
         self.routing = replace(routing, weights=routing.weights.detach())
 
-        experts = torch.where(valid[:, None], routing.indices, self.num_experts)
-        plan = sort_slots(experts.flatten(), self.num_experts)
-        routed = gather_tokens(tokens, plan, self.top_k)
-        gate, up = grouped_linear(routed, self.in_weight, plan.cu_seqlens).chunk(2, -1)
-        slots = grouped_linear(F.silu(gate) * up, self.out_weight, plan.cu_seqlens)
-        reads = upcast(scatter_slots(slots, plan, self.top_k))
-        output = (routing.weights[..., None] * reads).sum(1)
-        if self.shared is not None:
-            output = output + self.shared(tokens)
+        plan = self._plan(routing.indices, sequences, kernels)
+        # Without pads every slot is an expert's.
+        covered = padding_mask is None
+        routed = gather_tokens(tokens, plan, self.top_k, kernel=kernels)
+        inner = gated_unit(grouped_linear(routed, self.in_weight, plan.cu_seqlens, covered=covered), kernel=kernels)
+        slots = grouped_linear(inner, self.out_weight, plan.cu_seqlens, covered=covered)
+        shared = None if self.shared is None else self.shared(tokens)
+        if kernels:
+            from linear_moe.kernels.mixing import weighted_sum
+
+            output = weighted_sum(slots, plan.place, routing.weights, addend=shared, dtype=x.dtype)
+        else:
+            reads = upcast(scatter_slots(slots, plan, self.top_k))
+            output = (routing.weights[..., None] * reads).sum(1)
+            output = output if shared is None else output + shared
         if padding_mask is not None:
             output = torch.where(valid[:, None], output, 0)
         attached: Tensor = self.router.auxiliary(output.to(x.dtype).view_as(x), loss)
         return attached
+
+    def _plan(self, experts: Tensor, sequences: Sequences, kernels: bool) -> SlotPlan:
+        """The slots of `experts` `[S, k]` sorted by expert, in the order of the tokens."""
+        if kernels:
+            return plan_of(experts, sequences, self.num_experts)
+        groups = torch.where(sequences.valid[:, None], experts, self.num_experts)
+        return sort_slots(groups.flatten(), self.num_experts)
 
     def update_balance_bias(self) -> None:
         """Move the selection bias by the loads since the last call; nothing without `balance_bias_rate`."""

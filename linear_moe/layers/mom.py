@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.layers.recurrent_mixer import Assignment, RecurrentMixer
@@ -151,14 +150,11 @@ class MoMLayer(RecurrentMixer):
         self.router.reset_parameters()
 
     def _assign(self, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
-        routing, loss = self.router(tokens, sequences.valid, kernel=kernel)
-        # What is kept for a look holds on to no graph.
-        self.routing = replace(routing, weights=routing.weights.detach())
-        memory, weights = routing.indices, routing.weights
-        if self.shared_memory:
-            memory = F.pad(memory, (0, 1), value=self.num_memories)
-            weights = F.pad(weights, (0, 1), value=1.0)
-        return Assignment(memory, weights), loss
+        routing, loss = self.router(tokens, sequences.valid, shared=self.shared_memory, kernel=kernel)
+        # What is kept for a look holds on to no graph, and the shared memory is nobody's pick.
+        indices, weights = routing.indices[:, : self.top_k], routing.weights.detach()[:, : self.top_k]
+        self.routing = replace(routing, indices=indices, weights=weights)
+        return Assignment(routing.indices, routing.weights), loss
 
     def _attach(self, output: Tensor, loss: Tensor) -> Tensor:
         attached: Tensor = self.router.auxiliary(output, loss)

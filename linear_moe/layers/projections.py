@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def xavier_init_(weight: Tensor, gain: float = 2**-2.5) -> None:
@@ -54,6 +57,51 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
         # Every matrix on every row, then each row's own: static sizes, at the price of G times the arithmetic.
         product = torch.einsum("si,goi->sgo", x, weight)[rows, group]
     return torch.where(inside, product, 0)
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """The gathered rows are as large as k and v together: they are made again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight, ends, source, place)
+        return F.grouped_mm(tokens.index_select(0, source), weight.mT, offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        from linear_moe.kernels.mixing import sum_slots
+
+        tokens, weight, ends, source, place = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        wants_tokens, wants_weight, *_ = ctx.needs_input_grad
+        of_tokens = of_weight = None
+        if wants_tokens:
+            of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place)
+        if wants_weight:
+            of_weight = F.grouped_mm(gradient.mT, tokens.index_select(0, source), offs=ends)
+        return of_tokens, of_weight, None, None, None
+
+
+def routed_linear(tokens: Tensor, weight: Tensor, cu_groups: Tensor, source: Tensor, place: Tensor) -> Tensor | None:
+    """`grouped_linear` of the tokens that slots are routed to, where every slot belongs to a group.
+
+    Args:
+        tokens: `[S, I]`.
+        weight: `[G, O, I]`.
+        cu_groups: `[G + 1]` where each group's slots begin.
+        source: `[R]` the token of each slot, sorted by group.
+        place: `[S, F]` the inverse: the slots of each token.
+
+    Returns:
+        `[R, O]`, or None where torch's grouped matmul does not take the case.
+    """
+    dtype = autocast_dtype(tokens)
+    tokens, weight = tokens.to(dtype), weight.to(dtype)
+    if not _grouped_mm_takes(tokens, weight):
+        return None
+    product: Tensor = _RoutedLinear.apply(tokens, weight, cu_groups[1:].to(torch.int32), source, place)
+    return product
 
 
 def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:

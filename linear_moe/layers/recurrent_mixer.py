@@ -29,7 +29,7 @@ from linear_moe.layers.kernel_steps import (
     plan_of,
 )
 from linear_moe.layers.norms import GatedRMSNorm
-from linear_moe.layers.projections import grouped_linear, xavier_init_
+from linear_moe.layers.projections import grouped_linear, routed_linear, xavier_init_
 from linear_moe.layers.routing import SlotPlan, slots_of_batch, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
@@ -296,7 +296,8 @@ class RecurrentMixer(nn.Module, ABC):
             return_final_state=state is not None,
             impl=self.impl,
         )
-        reads = self.rule.output(result.output, rule_tokens, parameters)[0]
+        # Not by an index: the gradient of one is a copy into zeros.
+        reads = self.rule.output(result.output, rule_tokens, parameters).squeeze(0)
         if kernels and self.kernel_combines:
             output = self._combine_by_kernel(
                 tokens, reads, plan, assignment.weights, None if covered else sequences.valid
@@ -379,8 +380,15 @@ class RecurrentMixer(nn.Module, ABC):
         raw: dict[str, Tensor] = {}
         if self.memory_weight is not None:
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
-            routed = gather_tokens(tokens, plan, fan_out, kernel=True)
-            projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
+            projected = None
+            if conv.source is not None and conv.place is not None:
+                place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
+                projected = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place)
+            # What it leaves in rows of no memory is anything: the convolution reads none of them.
+            loose = projected is not None and not covered
+            if projected is None:
+                routed = gather_tokens(tokens, plan, fan_out, kernel=True)
+                projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
             # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
             leading = [self.conv_parts[name] for name in itertools.takewhile(self._convolves, self.memory_projections)]
             leading = [part for part in leading if part.activation == leading[0].activation]
@@ -391,14 +399,17 @@ class RecurrentMixer(nn.Module, ABC):
                 raw |= dict(zip([part.name for part in leading], mixed, strict=True))
             names = list(self.memory_projections)[count:]
             raw |= dict(zip(names, projected.split(widths[count:], -1), strict=True))
-            raw |= {
-                name: conv.of(self.conv_parts[name], raw[name], by_token=False)
-                for name in names
-                if self._convolves(name)
-            }
+            for name in names:
+                if self._convolves(name):
+                    raw[name] = conv.of(self.conv_parts[name], raw[name], by_token=False)
+                elif loose:
+                    slots = torch.arange(plan.order.shape[0], device=tokens.device)
+                    raw[name] = torch.where((slots < plan.cu_seqlens[-1])[:, None], raw[name], 0)
         if self.token_weight is not None:
             widths = [_first_width(spec) for spec in self.token_projections.values()]
-            columns = F.linear(tokens, self.token_weight).split(widths, -1)
+            made = F.linear(tokens, self.token_weight)
+            # Of a split into one part the gradient would be a copy.
+            columns = made.split(widths, -1) if len(widths) > 1 else (made,)
             for name, column in zip(self.token_projections, columns, strict=True):
                 if self._convolves(name):
                     raw[name] = conv.of(self.conv_parts[name], column, by_token=True)

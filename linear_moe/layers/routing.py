@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.auxiliary import AuxiliaryLoss
@@ -14,6 +15,8 @@ from linear_moe.rules.validate import check_coefficient, check_count
 from linear_moe.static_tensors import static
 
 ROUTER_SCORES = ("softmax", "sigmoid")
+LARGEST_KERNEL_CHOICES = 256
+"""More are routed in PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,9 @@ class Routing:
     """What the router decided for S tokens, and how even it was. Statistics are detached scalars, pads left out."""
 
     indices: Tensor
-    """`[S, k]` int64: the picked choices, best first."""
+    """`[S, k]` int64: the picked choices, best first. With a shared choice `[S, k + 1]`, the last M."""
     weights: Tensor
-    """`[S, k]` float32 (float64 for float64 input): their weights."""
+    """Their weights, float32 (float64 for float64 input). A shared choice has 1."""
     valid: Tensor
     """`[S]` bool: real tokens. A pad's picks mean nothing."""
     load: Tensor
@@ -107,19 +110,53 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias.reset_parameters()
 
-    def forward(self, x: Tensor, valid: Tensor, *, kernel: bool = False) -> tuple[Routing, Tensor]:
-        """Route tokens `x` `[S, D]`, real where `valid` `[S]`, with logits from a kernel or from PyTorch.
+    def forward(
+        self, x: Tensor, valid: Tensor, *, shared: bool = False, kernel: bool = False
+    ) -> tuple[Routing, Tensor]:
+        """Route tokens `x` `[S, D]`, real where `valid` `[S]`, by kernels or in PyTorch.
+
+        With `shared` one more choice, number M, stands behind every token's picks with weight 1. It is in no statistic.
 
         Returns:
             The routing, and the weighted auxiliary loss (a scalar with a gradient) for `auxiliary`.
         """
-        if kernel:
-            from linear_moe.kernels.router_logits import router_logits
+        # With one picked of several the weight stays the score.
+        renormalize = self.renormalize and (self.top_k > 1 or self.num_choices == 1)
+        by_kernel = kernel and self.num_choices <= LARGEST_KERNEL_CHOICES
+        routing, loss = (self._by_kernel if by_kernel else self._in_torch)(x, valid, renormalize, shared)
+        if self.bias is not None and self.training:
+            self.bias.observe(routing.load)
+        return routing, loss
 
-            logits = router_logits(x, self.weight)
-        else:
-            # Products and sums of their own: autocast would make a 16-bit matmul of it.
-            logits = ordered_sum(upcast(x)[:, None, :] * self.weight.to(upcast(x).dtype))
+    def _by_kernel(self, x: Tensor, valid: Tensor, renormalize: bool, shared: bool) -> tuple[Routing, Tensor]:
+        from linear_moe.kernels.router_operator import route
+
+        made = route(
+            x,
+            self.weight,
+            valid,
+            top_k=self.top_k,
+            score=self.score,
+            renormalize=renormalize,
+            bias=None if self.bias is None else self.bias.bias,
+            shared=shared,
+            balance_weight=self.balance_weight,
+            z_loss_weight=self.z_loss_weight,
+        )
+        routing = Routing(
+            indices=made.indices,
+            weights=made.weights,
+            valid=valid,
+            load=made.load,
+            entropy=made.entropy,
+            balance_loss=made.balance_loss,
+            z_loss=made.z_loss,
+        )
+        return routing, made.loss
+
+    def _in_torch(self, x: Tensor, valid: Tensor, renormalize: bool, shared: bool) -> tuple[Routing, Tensor]:
+        # Products and sums of their own: autocast would make a 16-bit matmul of it.
+        logits = ordered_sum(upcast(x)[:, None, :] * self.weight.to(upcast(x).dtype))
         if self.score == "softmax":
             scores = probabilities = torch.softmax(logits, -1)
         else:
@@ -128,18 +165,19 @@ class Router(nn.Module):
         selection = scores.detach() if self.bias is None else self.bias(scores.detach())
         indices = best_first(selection, self.top_k)
         weights = scores.gather(-1, indices)
-        if self.renormalize and (self.top_k > 1 or self.num_choices == 1):
+        if renormalize:
             weights = _normalized(weights)
 
         load = load_fractions(indices, self.num_choices, valid, scores.dtype)
-        if self.bias is not None and self.training:
-            self.bias.observe(load)
         balance = balance_loss(probabilities, load, valid)
         # What is only looked at has no gradient to be made.
         z = z_loss(logits if self.z_loss_weight else logits.detach(), valid)
         seen = probabilities.detach()
         entropies = -(seen * torch.log(seen.clamp_min(torch.finfo(scores.dtype).tiny))).sum(-1)
         entropy = torch.where(valid, entropies, 0).sum() / valid.sum().clamp_min(1)
+        if shared:
+            indices = F.pad(indices, (0, 1), value=self.num_choices)
+            weights = F.pad(weights, (0, 1), value=1.0)
         routing = Routing(
             indices=indices,
             weights=weights,

@@ -24,7 +24,7 @@ class _GatherTokens(torch.autograd.Function):
         (place,) = ctx.saved_tensors
         slots = gradients[0]
         if ctx.kernel and slots.shape[0]:
-            from linear_moe.kernels.slot_conv_operator import sum_slots
+            from linear_moe.kernels.mixing import sum_slots
 
             return sum_slots(slots.contiguous(), place.view(-1, ctx.fan_out)), None, None, None, None
         slots = slots.index_select(0, place)

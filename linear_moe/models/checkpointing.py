@@ -10,29 +10,36 @@ from torch.utils.checkpoint import checkpoint
 
 from linear_moe.layers.auxiliary import keep_collected
 
+Pair = tuple[Tensor, Tensor]
+"""Of what a block returns."""
 
-def checkpoint_without_reentry(function: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """Torch's checkpoint of `function(x)`, not reentrant: what a layer computes beside its output keeps its gradient, too."""
-    output: Tensor = checkpoint(function, x, use_reentrant=False)
+
+def checkpoint_without_reentry(function: Callable[..., Pair], *inputs: Tensor | None) -> Pair:
+    """Torch's checkpoint of a function, not reentrant: what a layer computes beside its output keeps its gradient, too."""
+    output: Pair = checkpoint(function, *inputs, use_reentrant=False)
     return output
 
 
 def run_checkpointed(
-    module: nn.Module, forward: Callable[..., Tensor], run: Callable[..., Tensor], x: Tensor, **options: Any
-) -> Tensor:
-    """`forward(x, **options)` of `module` through `run`, a checkpoint that is not reentrant.
+    module: nn.Module,
+    forward: Callable[..., Pair],
+    run: Callable[..., Pair],
+    *inputs: Tensor | None,
+    **options: Any,
+) -> Pair:
+    """`forward(*inputs, **options)` of `module` through `run`, a checkpoint that is not reentrant.
 
     An auxiliary loss is attached or collected by the first pass alone: attached, the second pass's copy is in a graph that
     nothing goes back through; collected, it is taken back here.
     """
     again = False
 
-    def once_or_again(x: Tensor) -> Tensor:
+    def once_or_again(*inputs: Tensor | None) -> Pair:
         nonlocal again
         if again:
             with keep_collected(module):
-                return forward(x, **options)
+                return forward(*inputs, **options)
         again = True
-        return forward(x, **options)
+        return forward(*inputs, **options)
 
-    return run(once_or_again, x)
+    return run(once_or_again, *inputs)

@@ -59,7 +59,12 @@ class SwiGLUConfig(_SwiGLUWidth):
     def build(self, context: BuildContext) -> nn.Module | None:
         """The layer."""
         return SwiGLU(
-            context.hidden_size, ratio=self.ratio, width=self.width, device=context.device, dtype=context.dtype
+            context.hidden_size,
+            ratio=self.ratio,
+            width=self.width,
+            impl=context.impl,
+            device=context.device,
+            dtype=context.dtype,
         )
 
     def summary(self, hidden_size: int) -> str:
@@ -109,6 +114,7 @@ class MoEConfig(_SwiGLUWidth):
             z_loss_weight=self.z_loss_weight,
             balance_bias_rate=self.balance_bias_rate,
             auxiliary=context.auxiliary,
+            impl=context.impl,
             device=context.device,
             dtype=context.dtype,
         )

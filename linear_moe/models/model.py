@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from linear_moe.layers.cross_entropy import summed_cross_entropy
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.mom import MoMLayer
+from linear_moe.layers.residual_norm import ResidualNorm
 from linear_moe.models.checkpointing import checkpoint_without_reentry, run_checkpointed
 from linear_moe.models.generation import generate
 from linear_moe.models.mixer_config import BuildContext
@@ -21,7 +22,11 @@ from linear_moe.rules.validate import check_padding_mask
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)).
+    """x + mixer(norm(x)), then x + ffn(norm(x)), with the last addition left to the norm that reads the sum.
+
+    What a block is called with, and what it returns, is therefore the residual stream and the branch that is still to be added
+    to it. Adding it here would be a pass over the stream, and one more over its gradient; the next block's first norm, or the
+    model's last, reads both anyway. Each norm is still used by its own block alone, which is what sharding by blocks needs.
 
     Attributes:
         gradient_checkpointing: whether a training forward without a state keeps the block's input only, and computes what
@@ -34,38 +39,46 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, context: BuildContext) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": context.device, "dtype": context.dtype}
-        self.mixer_norm = nn.RMSNorm(context.hidden_size, context.norm_eps, **factory)
+        self.mixer_norm = ResidualNorm(context.hidden_size, context.norm_eps, impl=context.impl, **factory)
         self.mixer = config.mixer.build(context)
         self.ffn = config.ffn.build(context)
-        self.ffn_norm = None if self.ffn is None else nn.RMSNorm(context.hidden_size, context.norm_eps, **factory)
+        self.ffn_norm = None
+        if self.ffn is not None:
+            self.ffn_norm = ResidualNorm(context.hidden_size, context.norm_eps, impl=context.impl, **factory)
 
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None = None,
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: LayerState | None = None,
-    ) -> Tensor:
-        """`x` `[B, T, D]`; the rest as in `MoMLayer.forward`."""
+    ) -> tuple[Tensor, Tensor]:
+        """The stream `x` `[B, T, D]` and what is to be added to it `[B, T, D]`, both before and after; the rest as in
+        `MoMLayer.forward`.
+        """
         # Not with a state: computing it again would update it again.
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and state is None:
             options = {"padding_mask": padding_mask, "cu_seqlens": cu_seqlens}
-            return run_checkpointed(self, self._run, self._gradient_checkpointing_func, x, **options)
-        return self._run(x, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+            return run_checkpointed(self, self._run, self._gradient_checkpointing_func, x, branch, **options)
+        return self._run(x, branch, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
 
     def _run(
         self,
         x: Tensor,
+        branch: Tensor | None,
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: LayerState | None = None,
-    ) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = self.mixer_norm(x, branch)
+        branch = self.mixer(normed, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
         if self.ffn is not None and self.ffn_norm is not None:
-            x = x + self.ffn(self.ffn_norm(x), padding_mask=padding_mask)
-        return x
+            x, normed = self.ffn_norm(x, branch)
+            branch = self.ffn(normed, padding_mask=padding_mask)
+        return x, branch
 
 
 class LanguageModel(nn.Module):
@@ -73,7 +86,8 @@ class LanguageModel(nn.Module):
 
     Args:
         config: what to build.
-        impl: "auto", "triton", "chunked" or "recurrent": how the memory layers run.
+        impl: "auto", "triton", "chunked" or "recurrent": how the memory layers run, and by "auto" and "triton" whether the
+            steps around them are kernels.
         auxiliary: "attach" the auxiliary losses to the gradient, or "collect" them for the user to add: see
             `linear_moe.layers.auxiliary`.
         device: of the parameters; "meta" for their shapes alone.
@@ -104,7 +118,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.blocks[name], context._replace(layer_index=index)) for index, name in enumerate(names)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps, **factory)
+        self.norm = ResidualNorm(config.hidden_size, config.norm_eps, impl=impl, **factory)
         # A tied head is no module: one matrix under one name in checkpoints.
         tied = config.tie_embeddings
         self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
@@ -135,7 +149,7 @@ class LanguageModel(nn.Module):
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
             state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
             places: `[L]` int64 positions in the flattened `[B * T]`, to have the logits of those tokens only.
-            labels: `[L]` int64 of those places, to have the sum of their cross entropies in place of any logits.
+            labels: `[L]` int64 of those places, or of all `B * T`, to have the sum of their cross entropies in place of logits.
 
         Returns:
             `[B, T, vocab_size]`, or `[L, vocab_size]`, in the dtype of the parameters (autocast's under autocast), 0 at pads;
@@ -144,13 +158,16 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: naming the argument that does not fit.
         """
-        if labels is not None and (places is None or labels.shape != places.shape):
-            raise ValueError("labels must be of the shape of places, which they are the labels of")
+        labelled = (tokens.numel(),) if places is None else tuple(places.shape)
+        if labels is not None and tuple(labels.shape) != labelled:
+            whose = "the tokens" if places is None else "the places"
+            raise ValueError(f"labels must be one for each of {whose}, {list(labelled)}, got {list(labels.shape)}")
         hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
         if places is not None:
             hidden = hidden.flatten(0, 1)[places]
         if labels is None:
             return self.logits(hidden)
+        hidden = hidden.flatten(0, -2)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return summed_cross_entropy(hidden, weight, labels)
 
@@ -162,7 +179,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
     ) -> Tensor:
-        """`forward` up to the final norm: `[B, T, D]`."""
+        """`forward` up to the final norm: `[B, T, D]`, in autocast's dtype where the norm is a kernel."""
         self._check_tokens(tokens, padding_mask)
         sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if state is not None:
@@ -173,10 +190,12 @@ class LanguageModel(nn.Module):
             x = torch.where(keep[..., None], x, 0)
         else:
             x = self.embedding(tokens)
+        branch: Tensor | None = None
         for index, block in enumerate(self.blocks):
             layer_state = None if state is None else state.layers[index]
-            x = block(x, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=layer_state)
-        output: Tensor = self.norm(x)
+            x, branch = block(x, branch, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=layer_state)
+        output: Tensor
+        _, output = self.norm(x, branch)
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linear_moe.data.batch import IGNORE_INDEX, Batch
-from linear_moe.layers.auxiliary import collect_auxiliary_losses, set_auxiliary_scale
+from linear_moe.data.batch import Batch
+from linear_moe.layers.auxiliary import set_auxiliary_scale
 from linear_moe.layers.balance import BalanceBias
 from linear_moe.models.model import LanguageModel
+from linear_moe.training.backward import Backward, PlainBackward, Scored, autocast, summed_loss
+from linear_moe.training.captured import CapturedBackward
 from linear_moe.training.distributed import ALONE, World, reduce_gradients, whole
 from linear_moe.training.divergence import DivergedError, first_bad_gradient, first_bad_parameter, first_not_finite
 from linear_moe.training.optimizer import set_learning_rate
@@ -52,13 +54,14 @@ def optimise(
             before that step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    backward = choose_backward(model, settings, world)
     for step in range(start, settings.steps):
         batches = [task.batch(index) for index in world.batches(step, settings.accumulate)]
         model.train()
         rate = learning_rate(step, settings)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
-        total = accumulate_gradients(model, batches, settings.precision, world)
+        total = accumulate_gradients(model, batches, backward, world)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         total_norm = whole(nn.utils.get_total_norm(gradients))
         tokens = world.total(sum(batch.tokens.numel() for batch in batches), total.device)
@@ -76,10 +79,17 @@ def optimise(
         yield StepReport(step + 1, loss, norm, rate, tokens)
 
 
+def choose_backward(model: LanguageModel, settings: TrainSettings, world: World = ALONE) -> Backward:
+    """By captured graphs on a GPU, unless the settings say otherwise or the model is sharded."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    kind = CapturedBackward if on_gpu and settings.capture and world.size == 1 else PlainBackward
+    return kind(model, settings.precision)
+
+
 def accumulate_gradients(
-    model: LanguageModel, batches: Sequence[Batch], precision: str = "float32", world: World = ALONE
+    model: LanguageModel, batches: Sequence[Batch], backward: Backward, world: World = ALONE
 ) -> Tensor:
-    """Add the gradient of the mean loss over all labels of all processes' `batches` to the parameters.
+    """Make the parameters' gradients those of the mean loss over all labels of all processes' `batches`.
 
     A batch counts by its labels: the gradient is that of one batch of all their sequences. Its auxiliary losses, which are
     means over a batch's tokens, take the same factor, attached or collected.
@@ -87,41 +97,23 @@ def accumulate_gradients(
     Returns:
         That loss, a scalar, the same on every process.
     """
-    counts = [batch.num_labels for batch in batches]
+    scored = [Scored.of(batch) for batch in batches]
+    counts = [batch.labels.numel() for batch in scored]
     every = max(world.total(sum(counts), next(model.parameters()).device), 1)
-    losses = []
-    for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
-        reduce_gradients(model, number == len(batches))
+    losses, attached = [], 1.0
+    for number, (batch, count) in enumerate(zip(scored, counts, strict=True), 1):
+        last = number == len(scored)
+        reduce_gradients(model, last)
         # Of several processes' gradients the mean is taken, where the sum is meant.
         weight = world.size / every
-        # Before the forward: what is attached is attached with the scale of that moment.
-        set_auxiliary_scale(model, count * weight)
-        with autocast(model, precision):
-            loss = summed_loss(model, batch) * weight
-        (loss + collect_auxiliary_losses(model).to(loss.device) * (count * weight)).backward()
-        losses.append(loss.detach())
-    set_auxiliary_scale(model, 1.0)
+        if attached != count * weight:
+            # Before the forward: what is attached is attached with the scale of that moment.
+            attached = count * weight
+            set_auxiliary_scale(model, attached)
+        losses.append(backward(batch, weight, count * weight, first=number == 1, last=last))
+    if attached != 1.0:
+        set_auxiliary_scale(model, 1.0)
     return world.sum_(torch.stack(losses).sum()) / world.size
-
-
-def autocast(model: nn.Module, precision: str) -> torch.autocast:
-    """The context of a forward: for "bfloat16" the large products are in it, parameters and optimiser stay float32.
-
-    Parameters kept in bfloat16 would lose what is learned: with 8 bits, an update below 1/256 of a weight is rounded away,
-    and late in training most are.
-    """
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def summed_loss(model: LanguageModel, batch: Batch) -> Tensor:
-    """Sum of the cross entropy over the batch's labels, in nats. Only labelled positions go through the head."""
-    device = next(model.parameters()).device
-    # Found where the batch is made, on the CPU: on a GPU their number would have to be waited for.
-    places = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    labels = batch.labels.flatten()[places].to(device)
-    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-    summed: Tensor = model(batch.tokens.to(device), cu_seqlens=borders, places=places.to(device), labels=labels)
-    return summed
 
 
 def _diverged(
@@ -141,11 +133,12 @@ def _diverged(
         where = f"; nearest to the loss, the gradient of {layer} is not finite" if layer else "; it is too large"
     else:
         what = f"the loss is {loss}"
+        device = next(model.parameters()).device
 
         def again() -> None:
             for batch in batches:
                 with autocast(model, settings.precision):
-                    summed_loss(model, batch)
+                    summed_loss(model, Scored.of(batch).map(lambda x: x.to(device)))
 
         layer = _first_named(world, first_not_finite(model, again))
         where = f"; the first output that is not finite is that of {layer or 'the loss'}"

@@ -27,6 +27,7 @@ class TrainSettings:
         seed: of the initialisation (by whoever builds the model) and of the order of the data.
         precision: "float32", or "bfloat16" by autocast: parameters, optimiser, gates and memories stay float32.
         deterministic: on a GPU, take only algorithms that give the same bits each time; on a CPU all do.
+        capture: on one GPU, replay forward and backward from CUDA graphs: see `linear_moe.training.captured`.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -44,6 +45,7 @@ class TrainSettings:
     seed: int = 0
     precision: str = "float32"
     deterministic: bool = False
+    capture: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate"):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional
 
-from linear_moe.kernels import combine, mixing
+from linear_moe.kernels import blocks, combine, mixing
 from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.routing import SlotPlan
 from linear_moe.layers.slots import scatter_slots
@@ -352,8 +352,8 @@ BUGS = {
     ),
     "the mean is of the whole tile": (FEW, Bug(combine, "tl.sum(x * x, 1) / V", "tl.sum(x * x, 1) / COLUMNS")),
     "the epsilon is forgotten": (FAINT, Bug(combine, "x * x, 1) / V + eps)", "x * x, 1) / V + 1e-12)")),
-    "the gate is no product with itself": (FEW, Bug(combine, "(z * _sigmoids(z)[0])", "_sigmoids(z)[0]")),
-    "open is shut": (FEW, Bug(combine, "tl.where(z >= 0, larger, smaller),", "tl.where(z >= 0, smaller, larger),")),
+    "the gate is no product with itself": (FEW, Bug(combine, "(z * sigmoids(z)[0])", "sigmoids(z)[0]")),
+    "open is shut": (FEW, Bug(blocks, "tl.where(z >= 0, larger, smaller),", "tl.where(z >= 0, smaller, larger),")),
     "the gate's slope is its value": (FEW, Bug(combine, "(up * (1.0 + z * down))", "up")),
     "a gradient's weight is forgotten": (FEW, Bug(combine, "_weight_of(weights_ptr, first_slot + f) * d_x", "1.0 * d_x")),
     "the norm is taken as a constant": (FEW, Bug(combine, "d_normed - normed * along[:, None]", "d_normed")),

@@ -594,7 +594,6 @@ BUGS = {
     ),
     "the weight's gradient one row off": (PLAIN, Bug(kernels, "sums[tap] + d * window[tap]", "sums[tap] + d * x")),
     "the new state's gradient lost": (RAGGED, Bug(kernels, "(rows >= end - WIDTH)", "(rows >= end - WIDTH + 1)")),
-    "readers forgotten": (INDEXED, Bug(kernels, "for reader in range(FAN_OUT)", "for reader in range(FAN_OUT - 1)")),
     "the carried inputs one slot early": (
         RAGGED,
         Bug(carried_inputs, "place = length - WIDTH + rows % WIDTH", "place = length - WIDTH - 1 + rows % WIDTH"),

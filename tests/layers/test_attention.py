@@ -257,3 +257,36 @@ def test_bad_input_is_named() -> None:
         layer(x, state=object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         layer.new_state(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("shape", [{"num_heads": 2}, {"num_heads": 4, "num_kv_heads": 2}])
+def test_on_a_gpu_packed_documents_take_the_flash_kernels(shape: dict[str, int], window: int | None) -> None:
+    """Within rounding of float64, and what is in no document touches nothing."""
+    torch.manual_seed(0)
+    exact = SoftmaxAttention(64, **shape, window=window).double()
+    layer = SoftmaxAttention(64, **shape, window=window, device="cuda", dtype=torch.bfloat16)
+    layer.load_state_dict({name: tensor.bfloat16() for name, tensor in exact.state_dict().items()})
+    exact.load_state_dict({name: tensor.double().cpu() for name, tensor in layer.state_dict().items()})
+    borders = torch.tensor([0, 7, 7, 8, 40, 170])
+    x = torch.randn(1, 180, 64).bfloat16()
+    seed = torch.randn(1, 170, 64).bfloat16()
+    fast = x.cuda().requires_grad_()
+    output = layer(fast, cu_seqlens=borders.cuda())
+    assert (output[:, 170:] == 0).all()
+    garbage = torch.full((1, 10, 64), 1e4, dtype=torch.bfloat16)
+    gradients = torch.autograd.grad(output[:, :170], [fast, *layer.parameters()], seed.cuda())
+    wide = x[:, :170].double().requires_grad_()
+    wanted = exact(wide, cu_seqlens=borders)
+    expected = torch.autograd.grad(wanted, [wide, *exact.parameters()], seed.double())
+    came = [output[:, :170], gradients[0][:, :170], *gradients[1:]]
+    for got, right in zip(came, [wanted, *expected], strict=True):
+        error = (got.double().cpu() - right).norm() / right.norm()
+        assert error < 0.02
+    other = torch.cat((x[:, :170], garbage), 1).cuda().requires_grad_()
+    again = layer(other, cu_seqlens=borders.cuda())[:, :170]
+    for got, right in zip(
+        torch.autograd.grad(again, list(layer.parameters()), seed.cuda()), gradients[1:], strict=True
+    ):
+        assert torch.isfinite(got).all() and torch.equal(got, right)

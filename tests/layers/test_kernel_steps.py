@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is for Linux")
@@ -88,6 +89,25 @@ def test_pads_and_documents() -> None:
     check("gated_deltanet", x[:1], given={"cu_seqlens": torch.tensor([0, 3, 3, 8], device=DEVICE)})
 
 
+def test_rows_of_no_memory_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grouped matmul leaves the rows behind its last group as they were in memory."""
+    product = F.grouped_mm
+    poisoned = []
+
+    def poison(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        made = product(a, b, offs=offs)
+        if made.dim() == 2:
+            poisoned.append(made.shape[0] - int(offs[-1]))
+            made[int(offs[-1]) :] = torch.nan
+        return made
+
+    monkeypatch.setattr(F, "grouped_mm", poison)
+    x = tokens(2, 8)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool, device=DEVICE)
+    check("gated_deltanet", x, given={"padding_mask": mask})
+    assert max(poisoned) == 18
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["gated_deltanet", "mamba2"])
 def test_splits_with_a_carried_state(rule: str) -> None:
@@ -123,5 +143,6 @@ def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     layer = build("gated_deltanet", torch.float32, impl="triton")
     monkeypatch.setattr(layer, "_combine", None)
+    monkeypatch.setattr(layer.router, "_in_torch", None)
     layer(tokens(1, 3))
     assert called == ["plan_of", "SlotConv"]

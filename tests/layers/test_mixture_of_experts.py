@@ -14,6 +14,7 @@ from linear_moe.layers import mixture_of_experts
 from linear_moe.layers.auxiliary import collect_auxiliary_losses, set_auxiliary_scale
 from linear_moe.layers.mixture_of_experts import MixtureOfExperts
 from linear_moe.layers.projections import grouped_linear
+from linear_moe.testing.budget import assert_within_budget
 
 SHAPES: list[dict[str, Any]] = [
     {"num_experts": 4, "top_k": 2},
@@ -110,9 +111,10 @@ def test_pads_cost_no_expert_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(num_experts=4, top_k=2)
     borders: list[Tensor] = []
 
-    def watched(x: Tensor, weight: Tensor, cu_groups: Tensor) -> Tensor:
+    def watched(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: bool) -> Tensor:
+        assert not covered
         borders.append(cu_groups)
-        return grouped_linear(x, weight, cu_groups)
+        return grouped_linear(x, weight, cu_groups, covered=covered)
 
     monkeypatch.setattr(mixture_of_experts, "grouped_linear", watched)
     mask = torch.tensor([[False, True, True], [False, False, True]])
@@ -160,6 +162,82 @@ def test_counts_and_precision() -> None:
     half = layer.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     half.sum().backward()
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measured(dtype: torch.dtype, impl: str, mask: Tensor | None, **options: Any) -> dict[str, Tensor]:
+    """Output, statistics and all gradients of one loss, of the same numbers in any dtype."""
+    torch.manual_seed(0)
+    layer = make(torch.float32, impl=impl, **options).to(DEVICE, dtype)
+    x, seed = (torch.randn(2, 7, 8).to(DEVICE, dtype) for _ in range(2))
+    x.requires_grad_()
+    output = layer(x, padding_mask=mask)
+    gradients = torch.autograd.grad(output, [x, *layer.parameters()], seed)
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    assert layer.routing is not None
+    made = {"output": output.detach(), "load": layer.routing.load, "balance": layer.routing.balance_loss}
+    return made | {f"d_{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+
+
+KERNEL_SHAPES = [SHAPES[0] | {"num_shared_experts": 1, "z_loss_weight": 0.1}, *SHAPES[1:]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernels_are_within_the_budget(shape: dict[str, Any], padded: bool) -> None:
+    pytest.importorskip("triton", reason="triton is for Linux")
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 0, 0, 0]]).bool().to(DEVICE) if padded else None
+    candidate = measured(torch.float32, "triton", mask, **shape)
+    reference = measured(torch.float32, "chunked", mask, **shape)
+    exact = measured(torch.float64, "chunked", mask, **shape)
+    # Sums over tokens and channels of either sign: their rounding is that of the largest of the kind.
+    largest = max(float(value.abs().max()) for value in exact.values())
+    terms = {name: torch.full((1,), largest, dtype=torch.float64) for name in exact}
+    assert_within_budget(candidate, reference, exact, torch.float32, terms)
+    again = measured(torch.float32, "triton", mask, **shape)
+    assert all(torch.equal(again[name], value) for name, value in candidate.items())
+    if mask is not None:
+        assert not candidate["output"][~mask].any() and not candidate["d_x"][~mask].any()
+
+
+def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that left them would pass the comparison above."""
+    pytest.importorskip("triton", reason="triton is for Linux")
+    from linear_moe.kernels import block_parts, mixing, router_operator
+
+    called: list[str] = []
+    for module, name in (
+        (mixing, "plan_slots"), (mixing, "sum_slots"), (mixing, "weighted_sum"), (block_parts, "gated_unit"),
+        (router_operator, "route"),
+    ):  # fmt: skip
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1])
+    measured(torch.float32, "triton", None, num_experts=3, top_k=2, num_shared_experts=1)
+    expected = ["route", "plan_slots", "gated_unit", "gated_unit", "weighted_sum", "sum_slots"]
+    assert called == expected
+    measured(torch.float32, "chunked", None, num_experts=3, top_k=2, num_shared_experts=1)
+    assert called == expected
+
+
+# torch traces its autograd functions so.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_the_layer_is_one_graph_and_the_same(impl: str) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton", reason="triton is for Linux")
+    layer = make(torch.float32, num_experts=3, num_shared_experts=1, impl=impl).to(DEVICE)
+    x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
+    learned = [x, *layer.parameters()]
+    try:
+        outputs = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    seed = torch.randn_like(x)
+    for one, other in zip(*(torch.autograd.grad(y, learned, seed) for y in outputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from linear_moe import MemoryLayer, MoMLayer, rule_names
+from linear_moe.layers.mixture_of_experts import MixtureOfExperts
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -86,6 +87,30 @@ def test_one_memory_reads_nothing_back_on_meta(rule: str) -> None:
         exercise(layer, lambda *shape: torch.empty(*shape, device="meta"), "meta")
 
 
+EXPERTS: list[dict[str, Any]] = [
+    {"top_k": 2},
+    {"top_k": 1, "num_shared_experts": 1, "router_score": "sigmoid", "balance_bias_rate": 0.1},
+    {"top_k": 3, "z_loss_weight": 0.1},
+]
+
+
+def exercise_experts(layer: MixtureOfExperts, draw: Callable[..., Tensor], device: str) -> None:
+    """Training on dense and padded input, and evaluation."""
+    mask = torch.ones(2, 20, dtype=torch.bool, device=device)
+    for padding_mask in (None, mask):
+        layer(draw(2, 20, D).requires_grad_(), padding_mask=padding_mask).sum().backward()
+    layer.update_balance_bias()
+    with torch.no_grad():
+        layer(draw(2, 1, D))
+
+
+@pytest.mark.parametrize("options", EXPERTS, ids=str)
+def test_experts_read_nothing_back_on_meta(options: dict[str, Any]) -> None:
+    layer = MixtureOfExperts(D, num_experts=4, width=16, device="meta", **options)
+    with OnTheDeviceOnly():
+        exercise_experts(layer, lambda *shape: torch.empty(*shape, device="meta"), "meta")
+
+
 @pytest.mark.parametrize(
     "offence",
     [
@@ -129,6 +154,23 @@ def test_nothing_waits_for_the_gpu(rule: str, options: dict[str, Any], dtype: to
     exercise(layer, draw, "cuda")
     with sync_is_an_error():
         exercise(layer, draw, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, impl", [(torch.float32, "triton"), (torch.bfloat16, "auto"), (torch.bfloat16, "chunked")]
+)
+@pytest.mark.parametrize("options", EXPERTS, ids=str)
+def test_experts_do_not_wait_for_the_gpu(options: dict[str, Any], dtype: torch.dtype, impl: str) -> None:
+    layer = MixtureOfExperts(D, num_experts=4, width=16, impl=impl, device="cuda", dtype=dtype, **options)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    # Once without: libraries wait once for themselves when first used.
+    exercise_experts(layer, draw, "cuda")
+    with sync_is_an_error():
+        exercise_experts(layer, draw, "cuda")
 
 
 @pytest.mark.gpu

@@ -88,6 +88,14 @@ def test_weights_are_the_picked_scores(score: str, top_k: int, renormalize: bool
     torch.testing.assert_close(routing.weights, expected, rtol=1e-14, atol=0)
 
 
+def test_a_shared_choice_stands_behind_the_picks_and_is_in_no_statistic() -> None:
+    router, x, valid = Router(8, 4, 2, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64), torch.ones(5) > 0
+    (plain, loss), (shared, same_loss) = router(x, valid), router(x, valid, shared=True)
+    assert torch.equal(shared.indices, torch.cat((plain.indices, torch.full((5, 1), 4)), -1))
+    assert torch.equal(shared.weights, torch.cat((plain.weights, torch.ones(5, 1)), -1))
+    assert torch.equal(shared.load, plain.load) and torch.equal(loss, same_loss)
+
+
 def test_one_choice_of_one_has_weight_1() -> None:
     assert torch.equal(route(Router(5, 1, 1), torch.randn(3, 5)).weights, torch.ones(3, 1))
 

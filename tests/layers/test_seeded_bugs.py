@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linear_moe import MoMLayer, get_rule
-from linear_moe.layers import mom, recurrent_mixer, routing, slots
+from linear_moe.layers import recurrent_mixer, routing, slots
 from linear_moe.layers.recurrent_mixer import Assignment
 from linear_moe.layers.routing import SlotPlan, best_first, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
@@ -148,14 +148,14 @@ def positions_count_pads(patch: Patch) -> None:
 
 
 def the_shared_memory_is_weighted(patch: Patch) -> None:
-    pad = mom.F.pad
+    pad = routing.F.pad
 
     class Functional:
         @staticmethod
         def pad(x: Tensor, amounts: tuple[int, ...], value: float = 0.0) -> Tensor:
             return pad(x, amounts, value=0.5 if value == 1.0 else value)
 
-    patch.setattr(mom, "F", Functional)
+    patch.setattr(routing, "F", Functional)
 
 
 def the_router_runs_in_bfloat16(patch: Patch) -> None:

@@ -246,6 +246,9 @@ def test_logits_and_loss_of_some_places(tied: bool) -> None:
     torch.testing.assert_close(model(tokens, places=places), logits, **EXACT)
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.testing.assert_close(model(tokens, places=places, labels=labels), loss, **EXACT)
-    for wrong in ({"labels": labels}, {"labels": labels[:2], "places": places}):
-        with pytest.raises(ValueError, match="labels must be of the shape of places"):
+    everywhere = torch.arange(14)
+    of_all = {"labels": everywhere % 11}
+    torch.testing.assert_close(model(tokens, **of_all), model(tokens, places=everywhere, **of_all), **EXACT)
+    for wrong, of in (({"labels": labels}, "tokens"), ({"labels": labels[:2], "places": places}, "places")):
+        with pytest.raises(ValueError, match=f"labels must be one for each of the {of}"):
             model(tokens, **wrong)

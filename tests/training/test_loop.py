@@ -12,7 +12,8 @@ from small_models import recall_task, small_model, text_task
 from linear_moe.data.batch import IGNORE_INDEX, Batch
 from linear_moe.layers.auxiliary import AuxiliaryLoss, collect_auxiliary_losses
 from linear_moe.models import LanguageModel
-from linear_moe.training.loop import accumulate_gradients, autocast, optimise, summed_loss
+from linear_moe.training.backward import PlainBackward, Scored, autocast, summed_loss
+from linear_moe.training.loop import accumulate_gradients, optimise
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.settings import TrainSettings
 from linear_moe.training.tasks import Task
@@ -35,14 +36,14 @@ def test_accumulated_gradients_are_those_of_all_labels_and_their_auxiliary_losse
     torch.manual_seed(3)
     model = small_model(auxiliary=auxiliary, balance_weight=0.7).double()
     batches = _unequal_batches()
-    loss = accumulate_gradients(model, batches)
+    loss = accumulate_gradients(model, batches, PlainBackward(model, "float32"))
     came = _gradients(model)
 
     torch.manual_seed(3)
     wanted_model = small_model(auxiliary="collect", balance_weight=0.7).double()
     total, plain = torch.zeros((), dtype=torch.float64), 0.0
     for batch, labels in zip(batches, (12, 5), strict=True):
-        part, share = summed_loss(wanted_model, batch) / labels, labels / 17
+        part, share = summed_loss(wanted_model, Scored.of(batch)) / labels, labels / 17
         plain += share * part.item()
         total = total + share * (part + collect_auxiliary_losses(wanted_model))
     total.backward()
@@ -77,7 +78,7 @@ def test_parts_add_up_to_one_batch(task: Callable[[], Task], auxiliary: str) -> 
         for step in (parts, [_one_batch(parts)]):
             torch.manual_seed(1)
             model = small_model(vocabulary, auxiliary, z_loss_weight=0.3, **options).double()
-            losses.append(float(accumulate_gradients(model, step)))
+            losses.append(float(accumulate_gradients(model, step, PlainBackward(model, "float32"))))
             gradients.append(_gradients(model))
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
         for name, gradient in gradients[0].items():
@@ -90,9 +91,8 @@ def test_a_batch_without_labels_counts_for_nothing() -> None:
         torch.manual_seed(1)
         model = small_model()
         batch = recall_task().batch(0)
-        accumulate_gradients(
-            model, [batch, batch._replace(labels=torch.full_like(batch.labels, IGNORE_INDEX))][:number]
-        )
+        batches = [batch, batch._replace(labels=torch.full_like(batch.labels, IGNORE_INDEX))][:number]
+        accumulate_gradients(model, batches, PlainBackward(model, "float32"))
         gradients.append(_gradients(model))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
@@ -126,7 +126,7 @@ def test_the_balance_loss_does_something() -> None:
     for weight in (0.0, 0.7):
         torch.manual_seed(3)
         model = small_model(balance_weight=weight)
-        accumulate_gradients(model, _unequal_batches())
+        accumulate_gradients(model, _unequal_batches(), PlainBackward(model, "float32"))
         gradients.append(_gradients(model)["blocks.0.mixer.router.weight"])
     assert not torch.allclose(*gradients)
 
