@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Decay(enum.Enum):
@@ -46,3 +47,29 @@ class Recurrence:
 
     def __str__(self) -> str:
         return f"{self.decay.value} decay, {self.erase.value} erase"
+
+
+class SoftplusDecay(NamedTuple):
+    """A scalar decay, log_decay = -exp(rate) softplus(x + shift): of a head's rate for a time that the token chooses."""
+
+    projection: str
+    """x, a number a value head."""
+    rate: str
+    """The parameter `[H]`."""
+    shift: str
+    """The parameter `[H]`."""
+
+
+class SigmoidStrength(NamedTuple):
+    """A delta write's strength, beta = largest * sigmoid(x)."""
+
+    projection: str
+    """x, a number a value head."""
+    largest: float
+
+
+class GateForms(NamedTuple):
+    """The gates of a rule, where they are of a form that kernels know."""
+
+    log_decay: SoftplusDecay | None = None
+    beta: SigmoidStrength | None = None

@@ -15,18 +15,27 @@ import torch
 Made = TypeVar("Made")
 
 
+MOST_KEPT = 128
+"""Of one function's results."""
+
+
 def static(make: Callable[..., Made]) -> Callable[..., Made]:
     """Keep what a function of sizes and, last, a device returns, wherever its tensors are plain ones. They must not be written.
 
-    They are not while a graph is traced or captured, which own what is made in them, or under another dispatch mode (of fake
-    tensors). On a GPU what is kept is kept for a stream: what uses it comes after what made it.
+    They are not while a graph is traced, which owns what is made in it, or under another dispatch mode (of fake tensors). On a
+    GPU what is kept is kept for a stream: what uses it comes after what made it. A captured graph takes what was made before
+    the capture, on whichever stream (it begins by waiting for all of them), and replays without making it; that is then kept
+    for good, for the graph knows its address alone. What was not made before is made in the graph.
     """
 
-    @functools.lru_cache(maxsize=128)
+    @functools.lru_cache(maxsize=MOST_KEPT)
     def kept(stream: int, *arguments: Any) -> Made:
         # A tensor that is kept must serve outside of inference mode too.
         with torch.inference_mode(False), torch.no_grad():
             return make(*arguments)
+
+    latest: dict[tuple[Any, ...], Made] = {}
+    in_graphs: dict[tuple[Any, ...], Made] = {}
 
     @functools.wraps(make)
     def get(*arguments: Any) -> Made:
@@ -35,8 +44,17 @@ def static(make: Callable[..., Made]) -> Callable[..., Made]:
         device = arguments[-1]
         if device.type == "cpu":
             return kept(0, *arguments)
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if device.type != "cuda":
             return make(*arguments)
-        return kept(torch.cuda.current_stream(device).cuda_stream, *arguments)
+        if torch.cuda.is_current_stream_capturing():
+            if arguments not in in_graphs:
+                if arguments not in latest:
+                    return make(*arguments)
+                in_graphs[arguments] = latest[arguments]
+            return in_graphs[arguments]
+        made = latest[arguments] = kept(torch.cuda.current_stream(device).cuda_stream, *arguments)
+        if len(latest) > MOST_KEPT:
+            latest.pop(next(iter(latest)), None)
+        return made
 
     return get

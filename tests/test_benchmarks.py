@@ -30,7 +30,12 @@ def test_chunked_vs_recurrent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "what"),
-    [("conv_part.py", "times kernels"), ("block_parts.py", "times kernels"), ("experts.py", "times a layer")],
+    [
+        ("conv_part.py", "times kernels"),
+        ("block_parts.py", "times kernels"),
+        ("decoding.py", "times kernels"),
+        ("experts.py", "times a layer"),
+    ],
 )
 def test_what_needs_a_gpu_says_so(script: str, what: str) -> None:
     """All that it imports is there."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from linear_moe import static_tensors
 from linear_moe.static_tensors import static
 
 CPU = torch.device("cpu")
@@ -63,3 +66,34 @@ def test_a_device_of_shapes_alone_keeps_nothing(count, made: list[tuple[int, str
     assert count(3, torch.device("meta")).is_meta
     assert count(3, torch.device("meta")).shape == (3,)
     assert len(made) == 2
+
+
+def test_a_captured_graph_takes_what_is_there_and_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    @static
+    def upto(size: int, device: torch.device) -> Tensor:
+        made.append(size)
+        return torch.arange(size)
+
+    stream, capturing = [1], [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream[0]))
+    gpu = torch.device("cuda")
+    first = upto(3, gpu)
+    # Another stream's is not known to be complete, but in a capture, which waits for all.
+    stream[0] = 2
+    second = upto(3, gpu)
+    assert second is not first
+    stream[0], capturing[0] = 3, True
+    assert upto(3, gpu) is second
+    assert upto(4, gpu) is not upto(4, gpu), "a graph's own belongs to it"
+    capturing[0] = False
+    for size in range(5, 2 * static_tensors.MOST_KEPT):
+        upto(size, gpu)
+    assert upto(3, gpu) is not second, "dropped, but by the graph"
+    capturing[0] = True
+    assert upto(3, gpu) is second, "the first graph needs it still"
+    made.clear()
+    assert upto(2 * static_tensors.MOST_KEPT - 1, gpu).numel() == 2 * static_tensors.MOST_KEPT - 1
+    assert not made

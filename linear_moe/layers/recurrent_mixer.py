@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.checks import check_input, check_state
+from linear_moe.layers.decode_steps import decode_token, decodes, plan_decoding
 from linear_moe.layers.gate_parameters import GateParameters
 from linear_moe.layers.kernel_steps import (
     LARGEST_HEAD,
@@ -165,6 +166,8 @@ class RecurrentMixer(nn.Module, ABC):
         gated = output_gate != "none"
         self.gate_proj = nn.Linear(hidden_size, value_width, bias=False, **factory) if gated else None
         self.out_proj = nn.Linear(value_width, hidden_size, bias=False, **factory)
+        self.decoding = plan_decoding(self)
+        """How one token is decoded in few launches, or None where it takes the path of many."""
         # The class as it was written: wrappers (of adapters, of sharded training) change the class of a built module.
         self._owner = f"{type(self).__name__} {layer_index} ({self.rule.name})"
         self._reset_own_parameters()
@@ -235,6 +238,12 @@ class RecurrentMixer(nn.Module, ABC):
         tokens = x.flatten(0, 1)
         if padding_mask is not None:
             tokens = torch.where(sequences.valid[:, None], tokens, 0)
+        if decodes(self, x, cu_seqlens, state):
+            assert state is not None
+            valid = None if padding_mask is None else sequences.valid
+            output, loss = decode_token(self, tokens, sequences, valid, state)
+            output = output.to(x.dtype)[:, None]
+            return output if loss is None else self._attach(output, loss)
         conv_state = None if state is None else state.conv
         if self.conv_scope == "sequence":
             tokens, conv_state = self._convolve_input(tokens, sequences, conv_state)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.forms import Recurrence
+from linear_moe.forms import GateForms, Recurrence, SigmoidStrength, SoftplusDecay
 from linear_moe.rules.validate import check_count
 
 Initializer = Callable[[tuple[int, ...]], Tensor]
@@ -155,12 +156,22 @@ class UpdateRule(ABC):
         """Norm, rotary or feature map of q and k `[..., H, K]` at the text's `positions` `[...]`."""
         return q, k
 
+    def gate_forms(self) -> GateForms:
+        """The gates that have a declared form: the default `gates` makes them, and so may a kernel. None by default."""
+        return GateForms()
+
     def gates(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw projections `[..., width]` to `log_decay` and `beta`, in float32 (float64 for float64 input).
 
-        A name other than these two becomes one of the tokens' `extras`.
+        Those of `gate_forms` by default. A name other than these two becomes one of the tokens' `extras`.
         """
-        return {}
+        decay, strength = self.gate_forms()
+        gates = {}
+        if decay is not None:
+            gates["log_decay"] = softplus_decay(decay, raw, parameters)
+        if strength is not None:
+            gates["beta"] = sigmoid_strength(strength, raw)
+        return gates
 
     def tokens(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor], positions: Tensor) -> Tokens:
         """Raw projections `[..., width]` (after conv and activation) to what the recurrence sees."""
@@ -198,6 +209,17 @@ class UpdateRule(ABC):
     def output(self, output: Tensor, tokens: Tokens, parameters: Mapping[str, Tensor]) -> Tensor:
         """What follows the recurrence's read `[..., H, V]`: a skip, a normaliser. Nothing by default."""
         return output
+
+
+def softplus_decay(form: SoftplusDecay, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """-exp(rate) softplus(x + shift)."""
+    time = F.softplus(upcast(raw[form.projection]) + parameters[form.shift])
+    return -upcast(parameters[form.rate]).exp() * time
+
+
+def sigmoid_strength(form: SigmoidStrength, raw: Mapping[str, Tensor]) -> Tensor:
+    """A sigmoid times the largest strength."""
+    return torch.sigmoid(upcast(raw[form.projection])) * form.largest
 
 
 def upcast(tensor: Tensor) -> Tensor:

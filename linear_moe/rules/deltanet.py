@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from linear_moe.forms import Erase, Recurrence
-from linear_moe.rules.base import Projection, RuleOutput, Tokens, UpdateRule, option, upcast
+from linear_moe.forms import Erase, GateForms, Recurrence, SigmoidStrength
+from linear_moe.rules.base import Projection, RuleOutput, Tokens, UpdateRule, option
 from linear_moe.rules.linear_attention import with_short_conv
 from linear_moe.rules.registry import register_rule
 from linear_moe.rules.scan import run_op
 from linear_moe.rules.transforms import l2_norm
 
 
-def write_strength(raw: Tensor, allow_negative_eigenvalues: bool) -> Tensor:
+def write_strength(allow_negative_eigenvalues: bool) -> SigmoidStrength:
     """Beta in (0, 1), or in (0, 2), where a write may turn the state's sign along its key (2411.12537)."""
-    return torch.sigmoid(upcast(raw)) * (2.0 if allow_negative_eigenvalues else 1.0)
+    return SigmoidStrength("beta", largest=2.0 if allow_negative_eigenvalues else 1.0)
 
 
 @register_rule("deltanet")
@@ -39,8 +37,8 @@ class DeltaNet(UpdateRule):
     def qk_transform(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return l2_norm(q), l2_norm(k)
 
-    def gates(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"beta": write_strength(raw["beta"], self.allow_negative_eigenvalues)}
+    def gate_forms(self) -> GateForms:
+        return GateForms(beta=write_strength(self.allow_negative_eigenvalues))
 
     @staticmethod
     def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.rules.base import Parameter, Projection, RuleOutput, Tokens, UpdateRule, option, upcast
+from linear_moe.forms import Decay, Erase, GateForms, Recurrence, SoftplusDecay
+from linear_moe.rules.base import Parameter, Projection, RuleOutput, Tokens, UpdateRule, option
 from linear_moe.rules.deltanet import write_strength
 from linear_moe.rules.initializers import inverse_softplus_time_step, log_uniform_matrix
 from linear_moe.rules.linear_attention import with_short_conv
@@ -43,12 +41,9 @@ class GatedDeltaNet(UpdateRule):
     def qk_transform(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return l2_norm(q), l2_norm(k)
 
-    def gates(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rate = F.softplus(upcast(raw["decay"]) + parameters["dt_bias"])
-        return {
-            "log_decay": -upcast(parameters["A_log"]).exp() * rate,
-            "beta": write_strength(raw["beta"], self.allow_negative_eigenvalues),
-        }
+    def gate_forms(self) -> GateForms:
+        decay = SoftplusDecay("decay", rate="A_log", shift="dt_bias")
+        return GateForms(decay, write_strength(self.allow_negative_eigenvalues))
 
     @staticmethod
     def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -78,6 +79,20 @@ def seed(kernels: ModuleType, bug: Bug | None, folder: Path) -> ModuleType:
             vars(copies[module]).update(uses)
     assert kernels in copies, "the kernels use nothing of that module"
     return copies[kernels]
+
+
+def seed_operator(kernels: ModuleType, bug: Mapping[str, str], folder: Path) -> ModuleType:
+    """A copy of a module of kernels and their one operator, which gets a name of its own, with texts replaced."""
+
+    def change(source: str) -> str:
+        (name,) = re.findall(r"operator\(\"(\w+)\"", source)
+        own = f"seeded_{name}_{next(_numbers)}"
+        for right, wrong in {f'"{name}"': f'"{own}"', f"linear_moe::{name}": f"linear_moe::{own}", **bug}.items():
+            assert source.count(right) == 1, right
+            source = source.replace(right, wrong)
+        return source
+
+    return _load(kernels, folder, change)
 
 
 def assert_caught(kernels: ModuleType, bug: Bug | None, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,233 @@
+"""One decoded token of each sequence through one memory layer on one GPU: time a step, and kernels launched.
+
+    python benchmarks/decoding.py --output benchmarks/results/decoding.csv
+
+Layers at the widths of the paper's 380M model (D 1024, H 4, K = V = 256), bf16. First the step is held to the error budget
+against the path of any length (`any length` below), in float64. Then, each as a CUDA graph: `graph` is one layer's step,
+replayed with cold caches; `stack` is a step of many layers with weights and states of their own, by layer, as in a model.
+`eager` is launched from Python call by call. The floor is the time in which 3.0 TB/s read the weights of the memories that were
+picked, and read and write the states that were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from linear_moe import MemoryLayer, MoMLayer
+from linear_moe.layers import recurrent_mixer
+from linear_moe.layers.state import MemoryState
+from linear_moe.testing.budget import error_budget
+
+HERE = Path(__file__).resolve().parent
+BYTES_PER_SECOND = 3.0e12
+WIDTHS = {"hidden_size": 1024, "num_heads": 4, "head_dim": 256}
+BATCHES = (1, 16, 64)
+CHECKED_TOKENS = 8
+MOST_STATES = 20e9
+"""Bytes of a stack's states: of many memories there are fewer layers."""
+
+
+class Case(NamedTuple):
+    """A layer."""
+
+    rule: str
+    memories: int | None
+    """None for one memory without a router."""
+
+    def __str__(self) -> str:
+        return f"{self.rule}, {'one memory' if self.memories is None else f'{self.memories} memories'}"
+
+
+CASES = (
+    Case("gated_deltanet", 4),
+    Case("gated_deltanet", 64),
+    Case("gated_deltanet", None),
+    Case("gla", 4),
+    Case("mamba2", 4),
+    Case("retnet", 4),
+)
+
+
+def build(case: Case, seed: int = 0) -> nn.Module:
+    """The layer of a case, on the GPU in bfloat16."""
+    torch.manual_seed(seed)
+    factory: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    if case.memories is None:
+        layer: nn.Module = MemoryLayer(rule=case.rule, **WIDTHS, **factory)
+    else:
+        layer = MoMLayer(rule=case.rule, num_memories=case.memories, top_k=2, **WIDTHS, **factory)
+    return layer.eval()
+
+
+@contextmanager
+def any_length() -> Iterator[None]:
+    """One token by the path of many."""
+    decodes = recurrent_mixer.decodes
+    recurrent_mixer.decodes = lambda *arguments: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        recurrent_mixer.decodes = decodes
+
+
+def tokens_of(batch: int, length: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(batch)
+    return torch.randn(batch, length, WIDTHS["hidden_size"], device="cuda", generator=generator).to(torch.bfloat16)
+
+
+def decoded(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs token by token, and the state after them."""
+    state = layer.new_state(len(x))
+    steps = [layer(x[:, t : t + 1], state=state) for t in range(x.shape[1])]
+    return {"output": torch.cat(steps, 1), "memory": state.memory}
+
+
+def fault(case: Case, batch: int) -> str | None:
+    """What of a step's numbers is over the budget."""
+    layer, x = build(case), tokens_of(batch, CHECKED_TOKENS)
+    with any_length():
+        reference = decoded(layer, x)
+        wide = copy.deepcopy(layer).double()
+        wide.impl = "chunked"
+        exact = decoded(wide, x.double())
+    budgets = error_budget(decoded(layer, x), reference, exact, torch.bfloat16)
+    over = [str(budget) for budget in budgets if not budget.holds]
+    return "; ".join(over) or None
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What a function launches, after it has run on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph
+
+
+def median(function: Callable[[], object]) -> float:
+    """Microseconds; between two calls the L2 cache is overwritten."""
+    value: float = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+    return 1e3 * value
+
+
+def kernel_times(function: Callable[[], object], repeats: int = 5) -> list[tuple[str, float, float]]:
+    """Name, launches and microseconds a call of each kernel, longest first."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    found = [
+        (event.key, event.count / repeats, event.self_device_time_total / repeats)
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(found, key=lambda item: -item[2])
+
+
+def floor(layer: Any, state: MemoryState, batch: int) -> float:
+    """Microseconds."""
+    fan_out, memories = 1, 1
+    if isinstance(layer, MoMLayer):
+        fan_out = layer.top_k + layer.shared_memory
+        memories = int(layer.routing.indices.unique().numel()) + layer.shared_memory
+    weights = [layer.token_weight, layer.gate_proj.weight, layer.out_proj.weight]
+    nbytes = sum(weight.nbytes for weight in weights if weight is not None)
+    nbytes += memories * (
+        layer.memory_weight[0].nbytes + sum(second[0].nbytes for second in layer.second_stage.values())
+    )
+    nbytes += 2 * batch * fan_out * state.memory[0, 0].nbytes
+    return 1e6 * nbytes / BYTES_PER_SECOND
+
+
+def measure(case: Case, batch: int, layers: int, show: int) -> dict[str, object]:
+    """One line of the table."""
+    layers = max(1, min(layers, int(MOST_STATES // build(case).new_state(batch).nbytes)))
+    stack = [build(case, seed) for seed in range(layers)]
+    states = [layer.new_state(batch) for layer in stack]
+    layer, state, x = stack[0], states[0], tokens_of(batch, 1)
+
+    def step() -> None:
+        layer(x, state=state)
+
+    def step_of_all() -> None:
+        y = x
+        for each, its_state in zip(stack, states, strict=True):
+            y = x + each(y, state=its_state)
+
+    row: dict[str, object] = {"case": str(case), "batch": batch}
+    graph = captured(step)
+    row["graph_us"] = round(median(graph.replay), 1)
+    row["stack_us"] = round(median(captured(step_of_all).replay) / layers, 1)
+    row["floor_us"] = round(floor(layer, state, batch), 1)
+    row["eager_us"] = round(median(step), 1)
+    times = kernel_times(graph.replay)
+    row["kernels"] = round(sum(count for _, count, _ in times))
+    row["kernels_us"] = round(sum(time for *_, time in times), 1)
+    for name, count, time in times[:show]:
+        print(f"    {time:7.1f} us in {count:g}  {name[:100]}")
+    with any_length():
+        graph = captured(step)
+        row["any_length_graph_us"], row["any_length_eager_us"] = (round(median(f), 1) for f in (graph.replay, step))
+        row["any_length_kernels"] = round(sum(count for _, count, _ in kernel_times(graph.replay)))
+    return row
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "decoding.csv")
+    parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)), help="by number")
+    parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
+    parser.add_argument("--layers", type=int, default=12, help="of a stack")
+    parser.add_argument("--show", type=int, default=0, help="kernels to list for each case")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("decoding.py times kernels on a GPU: it needs a CUDA device")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    shared = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(), "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+    rows: list[dict[str, object]] = []
+    for index in arguments.cases:
+        for batch in arguments.batches:
+            case = CASES[index]
+            wrong = fault(case, batch)
+            torch.cuda.empty_cache()
+            if wrong:
+                print(f"{case}, B{batch}: no time, {wrong}", file=sys.stderr)
+                continue
+            rows.append(measure(case, batch, arguments.layers, arguments.show) | shared)
+            print(*(f"{name} {value}" for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.output.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
