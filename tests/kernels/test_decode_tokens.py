@@ -266,14 +266,14 @@ def test_one_memory_needs_no_index() -> None:
 
 
 def test_gates_of_any_size_are_exact() -> None:
-    """From where a decay is 1 to where it is nothing: within a few roundings of each number, not of the largest."""
+    """From where a decay is 1 to where it is nothing: within roundings of each number and its exponent, not of the largest."""
     x = torch.linspace(-80, 80, 65, device=DEVICE)[:, None].repeat(1, 2)
     heads = torch.zeros(1, device=DEVICE)
     gates = Gates(1, Gate(True, 0), heads, heads, Gate(True, 1), 1.0)
     made = decode_tokens.make_tokens(None, x, [Part(True, 0, 1)], num_states=1, gates=gates)
     assert made.log_decay is not None and made.beta is not None
     wide = x[:, :1].double()
-    torch.testing.assert_close(made.log_decay.double(), -functional.softplus(wide, threshold=100), rtol=2e-6, atol=0)
+    torch.testing.assert_close(made.log_decay.double(), -functional.softplus(wide, threshold=100), rtol=1e-5, atol=0)
     torch.testing.assert_close(made.beta.double(), torch.sigmoid(wide), rtol=2e-5, atol=0)
 
 
