@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from measuring import captured, provenance, write_rows
 from torch import Tensor, nn
 
 from linear_moe import MemoryLayer, MoMLayer
@@ -109,20 +106,6 @@ def fault(case: Case, batch: int) -> str | None:
     return "; ".join(over) or None
 
 
-def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """What a function launches, after it has run on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    return graph
-
-
 def median(function: Callable[[], object]) -> float:
     """Microseconds; between two calls the L2 cache is overwritten."""
     value: float = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
@@ -204,13 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("decoding.py times kernels on a GPU: it needs a CUDA device")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    shared = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
-    }  # fmt: skip
+    shared = provenance()
     rows: list[dict[str, object]] = []
     for index in arguments.cases:
         for batch in arguments.batches:
@@ -222,11 +199,7 @@ def main() -> None:
                 continue
             rows.append(measure(case, batch, arguments.layers, arguments.show) | shared)
             print(*(f"{name} {value}" for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

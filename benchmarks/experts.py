@@ -11,18 +11,14 @@ router made, as graphs too.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from layers import graphed, kernel_times, median
+from measuring import provenance, write_rows
 from torch import Tensor
 
 from linear_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -161,22 +157,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("experts.py times a layer on a GPU: it needs a CUDA device")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    shared = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
-    }  # fmt: skip
+    shared = provenance()
     rows: list[dict[str, object]] = []
     for index in arguments.cases:
         rows.append(measure(CASES[index], arguments.show) | shared)
         print(*(f"{name} {value}" for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ call; `graph` is the same forward and backward replayed from a CUDA graph, which
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from measuring import captured, provenance, write_rows
 from torch import Tensor, nn
 
 from linear_moe import MemoryLayer, MoMLayer
@@ -70,16 +68,7 @@ def median(function: Callable[[], object]) -> float:
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:
     """The same work, replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    return graph.replay
+    return captured(function).replay
 
 
 def kernel_times(function: Callable[[], object], repeats: int = 3) -> list[tuple[str, float]]:
@@ -136,13 +125,9 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="kernels to list for each case")
     parser.add_argument("--compile-only", action="store_true", help="run each layer once")
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    shared = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
-    }  # fmt: skip
+    if not torch.cuda.is_available():
+        sys.exit("layers.py times layers on a GPU: it needs a CUDA device")
+    shared = provenance()
     rows: list[dict[str, object]] = []
     for index in arguments.cases:
         if arguments.compile_only:
@@ -152,11 +137,7 @@ def main() -> None:
             continue
         rows.append(measure(CASES[index], arguments.show) | shared)
         print(*(value for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

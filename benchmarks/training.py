@@ -11,10 +11,7 @@ its own.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import provenance, write_rows
 from torch import nn
 
 from linear_moe.data.batch import Batch
@@ -142,19 +140,6 @@ def kernel_table(steps: Iterator[float], rows: int) -> None:
         print(f"    {event.self_device_time_total / 2e3:8.2f} ms  x{event.count // 2:<5} {event.key[:110]}")
 
 
-def provenance() -> dict[str, str]:
-    """What a figure needs beside it."""
-    import triton
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
-    }  # fmt: skip
-
-
 def run(options: argparse.Namespace) -> dict[str, object]:
     """One measurement, in this process."""
     (batch,) = options.batch
@@ -201,6 +186,8 @@ def main() -> None:
     parser.add_argument("--only", choices=WHO, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training.csv")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("training.py times training on a GPU: it needs a CUDA device")
     if options.only:
         print(json.dumps(run(options)))
         return
@@ -216,11 +203,7 @@ def main() -> None:
             if not any(row["who"] == who for row in rows if options.largest):
                 row = run_apart(options, who, batch)
                 rows += [] if row is None else [row]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +30,31 @@ def test_chunked_vs_recurrent(tmp_path: Path) -> None:
     assert all(f"{row['speed_up']}x" in result.stdout for row in rows)
 
 
+def test_text_curve(tmp_path: Path) -> None:
+    """Of a run's metrics as `linear-moe train` writes them."""
+    scores = {"bits_per_byte": 3.5, "perplexity": 11.0, "unigram_bits_per_byte": 4.4}
+    lines = [{"step": step, "loss": 5.0 / step} for step in (1, 2, 3)] + [{"step": 3, "held_out": scores}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    outputs = {"--output": tmp_path / "curve.csv", "--plot": tmp_path / "curve.png"}
+    command = [
+        sys.executable,
+        SCRIPT.parent / "text_curve.py",
+        tmp_path,
+        *(x for pair in outputs.items() for x in pair),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    with outputs["--output"].open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["bits_per_byte"]) for row in rows] == pytest.approx(
+        [5 / step / math.log(2) for step in (1, 2, 3)], abs=1e-4
+    )
+    assert [row["held_out_bits_per_byte"] for row in rows] == ["", "", "3.5"]
+    assert outputs["--plot"].read_bytes().startswith(b"\x89PNG")
+    assert "held out 3.500 at step 3, where the bytes' entropy is 4.400" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "what"),
     [
@@ -35,6 +62,8 @@ def test_chunked_vs_recurrent(tmp_path: Path) -> None:
         ("block_parts.py", "times kernels"),
         ("decoding.py", "times kernels"),
         ("experts.py", "times a layer"),
+        ("layers.py", "times layers"),
+        ("training.py", "times training"),
     ],
 )
 def test_what_needs_a_gpu_says_so(script: str, what: str) -> None:

@@ -1,0 +1,51 @@
+"""What the benchmarks of layers and models on a GPU have in common: graphs, and figures with what they were measured on."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+WARM_UP_RUNS = 3
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What a function launches, after it has run on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_RUNS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph
+
+
+def provenance() -> dict[str, str]:
+    """The GPU, the releases, the day and the commit (COMMIT in the environment, where there is no repository)."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A CSV file of rows with the same columns, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
