@@ -32,7 +32,7 @@ from linear_moe.training.checkpoint import (
 from linear_moe.training.distributed import ALONE, World, shard, whole_tensors
 from linear_moe.training.divergence import DivergedError, save_batches
 from linear_moe.training.extras import require
-from linear_moe.training.files import full_disk_named, replace_text
+from linear_moe.training.files import full_disk_named
 from linear_moe.training.interrupt import InterruptGuard
 from linear_moe.training.logs import Log, open_logs, require_logs, scalars
 from linear_moe.training.loop import StepReport, optimise
@@ -44,6 +44,7 @@ from linear_moe.training.randomness import random_state, repeatable, restore_ran
 from linear_moe.training.run_lock import RunLock
 from linear_moe.training.tasks import Task
 from linear_moe.training.throughput import Speed, Utilisation
+from linear_moe.whole_files import replace_text
 
 METRICS_FILE, SAMPLE_FILE = "metrics.jsonl", "sample.txt"
 
