@@ -51,7 +51,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _decode_kernel(
+def decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -126,7 +126,7 @@ def _launch(
     value_tile = block_of(value_dim, launch.value_tile)
     # In one dimension, since the others end at 65,535.
     launch_kernel(
-        _decode_kernel,
+        decode_kernel,
         slots * heads * triton.cdiv(value_dim, value_tile),
         q.contiguous(),
         k.contiguous(),

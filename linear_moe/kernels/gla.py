@@ -185,7 +185,7 @@ def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, ke
 
 
 @triton.jit
-def _prepare_kernel(
+def prepare_kernel(
     q_ptr,
     k_ptr,
     decay_ptr,
@@ -252,7 +252,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _walk_kernel(
+def walk_kernel(
     reads_ptr,
     writes_ptr,
     v_ptr,
@@ -327,7 +327,7 @@ def _walk_kernel(
 
 
 @triton.jit
-def _keys_kernel(
+def keys_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -402,7 +402,7 @@ def _keys_kernel(
 
 
 @triton.jit
-def _queries_kernel(
+def queries_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -527,7 +527,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     tile = tile_of(key_dim, launch.tile, k.dtype)
     # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
     for mild in (True, False):
-        launch_kernel(_prepare_kernel, chunks.num_pieces * heads,
+        launch_kernel(prepare_kernel, chunks.num_pieces * heads,
             q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
             K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild, num_warps=launch.num_warps,
             num_stages=launch.num_stages, **_shared_constants(k, chunk),
@@ -557,7 +557,7 @@ def _walk(
     launch = TABLE.pick(v.device, "walk", key_dim, value_dim, v.dtype)
     tile = tile_of(value_dim, launch.tile, v.dtype)
     launch_kernel(
-        _walk_kernel,
+        walk_kernel,
         splits.num_pieces * heads * cdiv(value_dim, tile),
         reads,
         writes,
@@ -704,8 +704,8 @@ def backward(
                 **_shared_constants(k, launch.chunk),
             )  # fmt: skip
 
-    run("keys", _keys_kernel, dk, written, reverse_starts)
-    run("queries", _queries_kernel, written, dq, d_decay, starts, at_start)
+    run("keys", keys_kernel, dk, written, reverse_starts)
+    run("queries", queries_kernel, written, dq, d_decay, starts, at_start)
     if not ragged.dense:
         for gradient in (dq, dk, dv, d_decay):
             zero_uncovered(gradient, ragged.cu_seqlens)

@@ -94,7 +94,7 @@ def _sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.c
 
 
 @triton.jit
-def _states_kernel(
+def states_kernel(
     k_ptr,
     v_ptr,
     decay_ptr,
@@ -245,7 +245,7 @@ def _run_states(
     k_tile, v_tile = (tile_of(size, launch.tile, k.dtype) for size in (key_dim, value_dim))
     borders = plan.walks.borders if borders is None else borders
     launch_kernel(
-        _states_kernel,
+        states_kernel,
         plan.walks.num_pieces * plan.pieces.heads * cdiv(key_dim, k_tile) * cdiv(value_dim, v_tile),
         k,
         v,

@@ -123,7 +123,7 @@ def _add_pairs(
 
 
 @triton.jit
-def _reads_kernel(
+def reads_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
@@ -293,7 +293,7 @@ def read_pieces(
     b2, c2, factor2 = (None, None, 0.0) if second is None else second
     borders = pieces.splits.borders
     launch_kernel(
-        _reads_kernel,
+        reads_kernel,
         pieces.splits.num_pieces * pieces.heads * (launch.piece // launch.rows),
         a,
         b,

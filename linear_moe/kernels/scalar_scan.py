@@ -92,7 +92,7 @@ segments are cut are the frozen table's: forward and backward passes share them.
 
 
 @triton.jit
-def _scan_kernel(
+def scan_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -253,7 +253,7 @@ def _scan(
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
     borders = walk.splits.borders if borders is None else borders
     launch_kernel(
-        _scan_kernel,
+        scan_kernel,
         walk.splits.num_pieces * walk.heads * tiles,
         q,
         k,
