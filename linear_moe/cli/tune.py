@@ -98,15 +98,13 @@ def _tune(
     problem: str | None = None
     interrupted = False
     with make_progress() as progress:
-        bar = progress.add_task("compiling")
+        bar = progress.add_task("")
 
-        def on_candidate(entry: tuning.Entry) -> None:
-            if progress.tasks[0].description != str(entry):
-                progress.reset(bar, description=str(entry), total=len(entry.candidates))
-            progress.advance(bar)
+        def watch(entry: tuning.Entry, done: int) -> None:
+            progress.update(bar, description=str(entry), total=len(entry.candidates), completed=done)
 
         try:
-            for outcome in tuning.tune(works, machine, lambda passes: time_in_turns(passes, device), on_candidate):
+            for outcome in tuning.tune(works, machine, lambda passes: time_in_turns(passes, device), watch):
                 outcomes.append(outcome)
         except KeyboardInterrupt:
             interrupted = True

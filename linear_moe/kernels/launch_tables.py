@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -135,8 +137,19 @@ def forget_findings() -> None:
 
 
 def findings_in_use(device: torch.device) -> list[Finding]:
-    """What kernels on this GPU may take: none if there are none, they are damaged or switched off."""
+    """What kernels on this device may take: none on a CPU, nor if there are none, they are damaged or switched off."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return []
     return list(_findings_on(device).values())
+
+
+def describe_tables(device: torch.device) -> str:
+    """What the last bits of a run depend on: "frozen", or a fingerprint of the findings in use."""
+    findings = sorted(repr((each.table, each.arguments, each.found)) for each in findings_in_use(device))
+    if not findings:
+        return "frozen"
+    digest = hashlib.sha256("".join(findings).encode()).hexdigest()
+    return f"{len(findings)} findings ({digest[:8]})"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from linear_moe.data.tokenizer import load_tokenizer
+from linear_moe.kernels.launch_tables import describe_tables
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
 from linear_moe.training.checkpoint import (
@@ -349,6 +350,7 @@ def _environment(device: torch.device, impl: str, world: World) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "impl": impl,
+        "launch tables": describe_tables(device),
         "processes": world.size,
     }
 

@@ -7,6 +7,7 @@ the launches find it; processes would each need the GPU and half a minute of imp
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,14 +37,11 @@ class Variant(NamedTuple):
 
 def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
     """Compile each variant, once. What does not compile says so when it is launched."""
-    wanted = [variant for variant in dict.fromkeys(variants) if hasattr(variant.kernel, "params")]
-    if not wanted:
-        return
-    pool = ThreadPoolExecutor(
-        min(os.cpu_count() or 1, MOST_THREADS), initializer=torch.cuda.set_device, initargs=(device,)
-    )
+    # Triton compiles for the current device, which is a thread's own.
+    begin = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), initializer=begin)
     try:
-        for future in [pool.submit(_compile, variant) for variant in wanted]:
+        for future in [pool.submit(_compile, variant) for variant in dict.fromkeys(variants)]:
             future.exception()
     finally:
         # Ctrl-C waits for what is being compiled, not for what is not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 from linear_moe.kernels.launch_findings import Machine
@@ -13,7 +14,7 @@ def tune(
     works: Iterable[Work],
     machine: Machine,
     timer: Timer,
-    on_candidate: Callable[[Entry], None] = lambda entry: None,
+    watch: Callable[[Entry, int], None] = lambda entry, done: None,
 ) -> Iterator[Outcome]:
     """Search every entry of every work, in order, and store what is found: whatever ends this, that stays.
 
@@ -21,13 +22,14 @@ def tune(
         works: what is tuned at.
         machine: whose findings they are.
         timer: what measures.
-        on_candidate: called after each candidate of an entry.
+        watch: called before an entry, with 0, and after each of its candidates, with their number.
 
     Raises:
         BrokenDeviceError: if a candidate broke the GPU's context.
     """
     for work in works:
         for entry in work.entries():
-            outcome = search(work, entry, timer, lambda entry=entry: on_candidate(entry))  # type: ignore[misc]
+            watch(entry, 0)
+            outcome = search(work, entry, timer, functools.partial(watch, entry))
             store_outcome(machine, work, outcome)
             yield outcome

@@ -85,14 +85,14 @@ class Outcome(NamedTuple):
     """How many candidates were timed."""
 
 
-def search(work: Work, entry: Entry, timer: Timer, on_candidate: Callable[[], None] = lambda: None) -> Outcome:
+def search(work: Work, entry: Entry, timer: Timer, on_candidate: Callable[[int], None] = lambda done: None) -> Outcome:
     """The fastest right candidate for an entry, if it takes at least `LEAST_GAIN` less time than the frozen one.
 
     Args:
         work: what launches it.
         entry: of `work.entries()`.
         timer: what measures.
-        on_candidate: called after each candidate.
+        on_candidate: called after each candidate, with their number.
 
     Raises:
         BrokenDeviceError: if a candidate broke the GPU's context.
@@ -103,10 +103,12 @@ def search(work: Work, entry: Entry, timer: Timer, on_candidate: Callable[[], No
         baseline = _launches(work, entry, entry.frozen)
         if not baseline:
             return Outcome(entry, None, None, None, {}, 0)
-        compile_ahead(_to_compile(work, entry), work.device)
+        if hasattr(entry.kernel, "params"):
+            # The interpreter compiles nothing.
+            compile_ahead(_to_compile(work, entry), work.device)
         seen, dropped = [_shape(baseline)], dict[Any, str]()
         best, best_ratio, timed = None, 1.0, 0
-        for candidate in entry.candidates:
+        for done, candidate in enumerate(entry.candidates, 1):
             try:
                 launches = _launches(work, entry, candidate, dry=True)
                 if _shape(launches) not in seen:
@@ -123,7 +125,7 @@ def search(work: Work, entry: Entry, timer: Timer, on_candidate: Callable[[], No
                 # A compiler, a driver, and what is between them fail in many ways.
                 dropped[candidate] = f"{type(problem).__name__}: {problem}".partition("\n")[0]
                 _still_works(work, entry, candidate, problem)
-            on_candidate()
+            on_candidate(done)
         if best is not None and best_ratio <= 1 - LEAST_GAIN:
             # The fastest of several is partly the luckiest: it must be as fast again.
             before, after = timer((baseline, _launches(work, entry, best)))
