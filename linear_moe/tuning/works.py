@@ -85,7 +85,8 @@ class ScanWork:
             }
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:
-            return self._both_ways(parallel_scan.TABLE, (decay,), parallel_scan.states_kernel) + self._reads("plain")
+            states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
+            return [states, *self._reads("plain")]
         return self._both_ways(scalar_scan.TABLE, (decay,), scalar_scan.scan_kernel)
 
     def _reads(self, weighted: str) -> list[Entry]:
