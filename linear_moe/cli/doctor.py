@@ -76,7 +76,7 @@ def describe_launch_tables() -> str:
         return f"the frozen tables' (findings are not used: {error})"
     if not count:
         return "the frozen tables' (no findings for this GPU: `linear-moe tune` searches)"
-    return f"the frozen tables' and {count} findings of {launch_findings.path_of(machine)}"
+    return f"the frozen tables', but for {count} found on this GPU: {launch_findings.path_of(machine)}"
 
 
 def check_rule(name: str) -> tuple[str, float]:

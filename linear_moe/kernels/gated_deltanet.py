@@ -88,6 +88,20 @@ TABLE = LaunchTable(
 `piece_length`, where segments are cut are the frozen table's."""
 
 
+class ChunkLaunch(NamedTuple):
+    """Launch parameters of what is made of each chunk alone."""
+
+    num_warps: int
+
+
+CHUNK_TABLE = LaunchTable(
+    "gated_deltanet.chunk",
+    lambda kernel, decay, size, dtype: ChunkLaunch(num_warps=4),
+    lambda kernel, decay, size, dtype: {"num_warps": (2, 4, 8)},
+)
+"""By the kernel, "solve" or "pairs", the decay, K of the one and V of the other, and the dtype."""
+
+
 class Solved(NamedTuple):
     """What a chunk knows of its own pairs, `[S, H, C]` in the dtype of q: a token's row of its chunk's matrices."""
 
@@ -183,6 +197,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
     erasure, reads = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
     constants = walk.constants(k, v)
     del constants["V"]
+    launch = CHUNK_TABLE.pick(v.device, "solve", DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
     launch_kernel(
         solve_kernel,
         walk.chunks.num_pieces * heads,
@@ -198,7 +213,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
         CHUNK=chunk,
         LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
-        num_warps=4,
+        num_warps=launch.num_warps,
         num_stages=1,
         **constants,
     )
@@ -429,10 +444,11 @@ def _walk_back(
     reads, erases = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
     own = torch.empty(heads, num_tokens, dtype=torch.float32, device=k.device)
     borders = walk.chunks.borders
+    launch = CHUNK_TABLE.pick(v.device, "pairs", DECAY_NAMES[walk.kind], value_dim, k.dtype)
     launch_kernel(
         pairs_kernel, walk.chunks.num_pieces * heads, d_output, dv, wrong, *gates, reads, erases, own, borders,
         borders.stride(0), num_tokens, scale, HEADS=heads, V=value_dim, CHUNK=chunk, V_BLOCK=block_of(value_dim),
-        DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=4, num_stages=1,
+        DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
     both = (q, k, d_output, dv, wrong, *gates, reads, erases, own)
     where = (walk.splits.borders, walk.splits.borders.stride(0), num_tokens, scale)

@@ -68,14 +68,22 @@ class ScanWork:
         decay, wide = self.form.decay.value, piece_reads.takes(K, V, self.dtype)
         sizes = {"K": K, "V": V}
         if self.form.erase is Erase.DELTA:
+            chunks = {"solve": (delta_walks.solve_kernel, "K")}
             walks = {"forward": delta_walks.forward_kernel, "values": delta_walks.values_kernel}
             if not wide:
+                chunks["pairs"] = (delta_walks.pairs_kernel, "V")
                 walks |= {"queries": delta_walks.queries_kernel, "keys": delta_walks.keys_kernel}
-            made = [
-                Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
-                for name, kernel in walks.items()
+            return [
+                *(
+                    Entry(gated_deltanet.CHUNK_TABLE, (name, decay, sizes[x], self.dtype), kernel, {x: sizes[x]})
+                    for name, (kernel, x) in chunks.items()
+                ),
+                *(
+                    Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
+                    for name, kernel in walks.items()
+                ),
+                *(self._reads("weighted") if wide else ()),
             ]
-            return made + self._reads("weighted") if wide else made
         if self.form.decay is Decay.VECTOR:
             kernels = {
                 "prepare": (gla.prepare_kernel, {"K": K}),

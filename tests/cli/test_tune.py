@@ -119,7 +119,7 @@ def test_doctor_says_what_kernels_launch_by() -> None:
 def test_doctor_says_whether_findings_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no findings for this GPU" in doctor.describe_launch_tables()
     path = launch_findings.write_findings(MACHINE, [FINDING])
-    assert doctor.describe_launch_tables() == f"the frozen tables' and 1 findings of {path}"
+    assert doctor.describe_launch_tables() == f"the frozen tables', but for 1 found on this GPU: {path}"
     monkeypatch.setenv(launch_findings.SWITCH, "off")
     assert "LINEAR_MOE_LAUNCH_TABLES=off" in doctor.describe_launch_tables()
     monkeypatch.delenv(launch_findings.SWITCH)

@@ -176,6 +176,7 @@ def arguments_of(
         sizes = [(K, V), (K, K)]
         walks = ("forward", "values", "queries", "keys")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
+        entries += [(gated_deltanet.CHUNK_TABLE, (name, decay, x, dtype)) for name, x in (("solve", K), ("pairs", V))]
         entries += [(piece_reads.TABLE, (decay, "weighted", *way, dtype)) for way in ways]
     elif form.decay is Decay.VECTOR:
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "keys", "queries")]
@@ -214,7 +215,7 @@ def findings(form: Recurrence, K: int, V: int, dtype: torch.dtype) -> Iterator[N
     """For every entry a candidate: with narrower tiles, where it has tiles, and else the one that is farthest away."""
     with contextlib.ExitStack() as stack:
         for table, arguments in arguments_of(form, K, V, dtype):
-            (tile,) = {"tile", "value_tile", "rows"} & set(table.choices(*arguments))
+            (tile,) = {"tile", "value_tile", "rows"} & set(table.choices(*arguments)) or {"num_warps"}
             launch = min(reversed(table.candidates(*arguments)), key=operator.attrgetter(tile))
             assert launch != table.frozen(*arguments)
             stack.enter_context(trying(table, arguments, launch))
