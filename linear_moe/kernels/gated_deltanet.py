@@ -81,7 +81,8 @@ TABLE = LaunchTable(
     lambda walk, decay, key_dim, value_dim, dtype: {
         "tile": tile_choices(value_dim if walk in ("forward", "values") else key_dim, dtype),
         "num_warps": (4, 8),
-        "num_stages": (1, 2, 3, 4),
+        # At four the others do not fit a multiprocessor.
+        "num_stages": (1, 2, 3, 4) if walk == "forward" else (1, 2, 3),
     },
 )
 """By the walk, the decay, K, V and the dtype. The chunk, whose matrices are kept for the backward pass, and, through
