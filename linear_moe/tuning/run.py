@@ -16,7 +16,7 @@ def tune(
     timer: Timer,
     watch: Callable[[Entry, int], None] = lambda entry, done: None,
 ) -> Iterator[Outcome]:
-    """Search every entry of every work, in order, and store what is found: whatever ends this, that stays.
+    """Search every entry of the works, in order and once, and store what is found: whatever ends this, that stays.
 
     Args:
         works: what is tuned at.
@@ -27,8 +27,13 @@ def tune(
     Raises:
         BrokenDeviceError: if a candidate broke the GPU's context.
     """
+    searched = set()
     for work in works:
         for entry in work.entries():
+            if str(entry) in searched:
+                # What rules share.
+                continue
+            searched.add(str(entry))
             watch(entry, 0)
             outcome = search(work, entry, timer, functools.partial(watch, entry))
             store_outcome(machine, work, outcome)

@@ -14,13 +14,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import launch_findings, piece_reads
+from linear_moe.kernels import decode_projections, launch_findings, piece_reads
 from linear_moe.kernels.launch import Launched, launch_kernel, recorded
 from linear_moe.kernels.launch_findings import Machine
 from linear_moe.kernels.launch_tables import LaunchTable, trying
 from linear_moe.tuning import Entry, Outcome, search, tune
 from linear_moe.tuning.compiling import Variant, compile_ahead
-from linear_moe.tuning.works import DecodeWork, ScanWork
+from linear_moe.tuning.decode_works import DecodeWork, ProjectionWork
+from linear_moe.tuning.scan_work import ScanWork
 
 MACHINE = Machine("Some GPU", (9, 0), "3.6.0")
 CPU = torch.device("cpu")
@@ -170,7 +171,9 @@ def test_what_is_found_is_kept_when_the_rest_is_interrupted() -> None:
 def test_a_later_search_has_the_last_word() -> None:
     list(tune([Work("a", "b")], MACHINE, Clock({(32, 2): 0.5})))
     assert stored() == {"a": {"num_warps": 2}, "b": {"num_warps": 2}}
-    list(tune([Work("a")], MACHINE, Clock({(16, 4): 0.5})))
+    # What two works share is searched at the first.
+    list(tune([Work("a"), Work("a")], MACHINE, clock := Clock({(16, 4): 0.5})))
+    assert len(clock.seen) == 5
     assert stored() == {"a": {"tile": 16}, "b": {"num_warps": 2}}
     list(tune([Work("b")], MACHINE, Clock({})))
     assert stored() == {"a": {"tile": 16}}
@@ -218,7 +221,11 @@ def test_works_launch_by_their_entries(form: Recurrence, stored: bool, monkeypat
     """An entry of other arguments than a kernel asks with would be tuned in vain."""
     monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
     sizes = (form, 32, 48, torch.float32, CPU)
-    works = (ScanWork(*sizes, tokens=8, heads=1, checked=(9, 0)), DecodeWork(*sizes, slots=2, heads=1))
+    works = (
+        ScanWork(*sizes, tokens=8, heads=1, checked=(9, 0)),
+        DecodeWork(*sizes, slots=2, heads=1),
+        *(ProjectionWork(most, *sizes[1:], heads=1) for most in decode_projections.LAUNCHES if not stored),
+    )
     for work in works:
         for entry in work.entries():
             made = []
@@ -239,3 +246,22 @@ def test_a_real_kernel_is_searched() -> None:
     outcome = search(work, entry, lambda passes: [0.5 if p[0].options["V_TILE"] == 16 else 1.0 for p in passes])
     assert not outcome.dropped
     assert outcome.found is not None and outcome.found.value_tile == 16
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    "work",
+    [
+        DecodeWork(FORMS[1], 16, 32, torch.float32, CPU, slots=3, heads=2),
+        ProjectionWork(16, 16, 32, torch.float32, CPU, heads=2),
+        ProjectionWork(32, 16, 16, torch.float32, CPU, heads=1),
+    ],
+    ids=["decode", "one token", "tokens"],
+)
+def test_a_decoded_tokens_kernels_are_right_and_measured_against_what_is_right(work: Any) -> None:
+    (entry,) = work.entries()
+    with trying(entry.table, entry.arguments, entry.frozen):
+        made = work.check()
+    assert made.keys() == work.exact().keys()
+    for name, exact in work.exact().items():
+        torch.testing.assert_close(made[name].double(), exact, rtol=1e-5, atol=1e-5)

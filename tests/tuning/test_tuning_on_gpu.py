@@ -14,8 +14,8 @@ from cases import Case, check
 from linear_moe.forms import Decay, Recurrence
 from linear_moe.kernels import launch_findings, launch_tables, scalar_scan
 from linear_moe.tuning import search, store_outcome
+from linear_moe.tuning.scan_work import ScanWork
 from linear_moe.tuning.timing import time_in_turns
-from linear_moe.tuning.works import ScanWork
 
 pytestmark = pytest.mark.gpu
 
