@@ -197,10 +197,15 @@ def tile_of(size: int, tile: int, dtype: torch.dtype) -> int:
     return block_of(size, tile) if dtype == torch.float32 else tile
 
 
-def tile_choices(size: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """What `tile_of` may be given for `size` channels: of 16 bits none that it warns of, and the next after `size` at most."""
+def tile_choices(size: int, whole: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """What `tile_of` may be given for `size` channels: of 16 bits none that it warns of, and the next after `size` at most.
+
+    A state of the tile times `whole` channels, in registers, is of no more than 128 times 128: one of twice that spills, and
+    takes minutes to compile.
+    """
     tiles = (16, 32, 64) if dtype == torch.float32 else (64, 128)
-    return tuple(tile for tile in tiles if tile == tiles[0] or tile <= block_of(size))
+    most = min(block_of(size), 128 * 128 // block_of(whole))
+    return tuple(tile for tile in tiles if tile == tiles[0] or tile <= most)
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -79,7 +79,7 @@ TABLE = LaunchTable(
     "gated_deltanet",
     lambda walk, decay, key_dim, value_dim, dtype: choose_launch(walk, key_dim, value_dim, dtype),
     lambda walk, decay, key_dim, value_dim, dtype: {
-        "tile": tile_choices(value_dim if walk in ("forward", "values") else key_dim, dtype),
+        "tile": tile_choices(*_tiled(walk, key_dim, value_dim), dtype),
         "num_warps": (4, 8),
         # At four the others do not fit a multiprocessor.
         "num_stages": (1, 2, 3, 4) if walk == "forward" else (1, 2, 3),
@@ -174,11 +174,16 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
     return _Walk(DECAY_KINDS[decay], decays, beta.t().contiguous(), splits, chunks, pieces, first)
 
 
+def _tiled(walk: str, key_dim: int, value_dim: int) -> tuple[int, int]:
+    """The channels that a walk's programs share, and those that each has whole."""
+    return (value_dim, key_dim) if walk in ("forward", "values") else (key_dim, value_dim)
+
+
 def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str, int]]:
     """The grid of a walk and its launch parameters."""
     launch = TABLE.pick(v.device, name, DECAY_NAMES[walk.kind], k.shape[2], v.shape[2], k.dtype)
     by_values = name in ("forward", "values")
-    tiled, whole = (v.shape[2], k.shape[2]) if by_values else (k.shape[2], v.shape[2])
+    tiled, whole = _tiled(name, k.shape[2], v.shape[2])
     tile = tile_of(tiled, launch.tile, k.dtype)
     parameters = {
         "CHUNK": launch.chunk,

@@ -82,7 +82,7 @@ TABLE = LaunchTable(
     "gla",
     choose_launch,
     lambda kernel, key_dim, value_dim, dtype: {
-        "tile": tile_choices(value_dim if kernel == "walk" else key_dim, dtype),
+        "tile": tile_choices(*((value_dim, key_dim) if kernel == "walk" else (key_dim, value_dim)), dtype),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },

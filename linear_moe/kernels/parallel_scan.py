@@ -75,7 +75,7 @@ TABLE = LaunchTable(
     "parallel_scan.states",
     lambda decay, key_dim, value_dim, dtype: choose_launch(dtype),
     lambda decay, key_dim, value_dim, dtype: {
-        "tile": tile_choices(max(key_dim, value_dim), dtype),
+        "tile": tile_choices(max(key_dim, value_dim), 1, dtype),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },

@@ -82,7 +82,7 @@ TABLE = LaunchTable(
     "scalar_scan",
     lambda decay, key_dim, value_dim, dtype: choose_launch(key_dim, dtype),
     lambda decay, key_dim, value_dim, dtype: {
-        "value_tile": tile_choices(value_dim, dtype),
+        "value_tile": tile_choices(value_dim, key_dim, dtype),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3, 4),
     },
