@@ -164,7 +164,8 @@ def _forward_kernel(
     probabilities = scores
     if SIGMOID:
         scores = tl.where(inside, sigmoids(logits)[0], 0.0)
-        probabilities = scores / _total(scores)[:, None]
+        # Rounded as IEEE has it: a number over itself is 1.
+        probabilities = tl.div_rn(scores, tl.broadcast_to(_total(scores)[:, None], (ROWS, BLOCK)))
     selection = scores
     if bias_ptr is not None:
         selection += tl.load(bias_ptr + choices, mask=choices < CHOICES, other=0.0)[None, :]
@@ -179,7 +180,6 @@ def _forward_kernel(
     picked = rank < TOP_K
     weights = tl.where(picked, scores, 0.0)
     if RENORMALIZE:
-        # Rounded as IEEE has it: a number over itself is 1.
         weights = tl.div_rn(weights, tl.broadcast_to(_total(weights)[:, None], (ROWS, BLOCK)))
     columns: tl.constexpr = TOP_K + SHARED
     at = rows[:, None] * columns + rank

@@ -8,6 +8,7 @@ and the experts' sum. Where they don't run, PyTorch makes the same numbers.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,17 @@ def conv_parts(
         parts[name] = ConvPart(name, first, spec.width, spec.activation, norm)
         first += spec.width
     return parts
+
+
+def leading_parts(parts: dict[str, ConvPart] | None, projections: Iterable[str]) -> list[ConvPart]:
+    """The first of `projections`, one after another, that are convolved and share an activation."""
+    leading: list[ConvPart] = []
+    for name in projections:
+        part = None if parts is None else parts.get(name)
+        if part is None or (leading and part.activation != leading[0].activation):
+            break
+        leading.append(part)
+    return leading
 
 
 def normed_by_conv(parts: dict[str, ConvPart] | None) -> bool:

@@ -6,7 +6,6 @@ x -> slots sorted by (memory, sequence) -> projections -> short conv along each 
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -25,6 +24,7 @@ from linear_moe.layers.kernel_steps import (
     combines,
     conv_parts,
     kernels_run,
+    leading_parts,
     normed_by_conv,
     plan_of,
 )
@@ -145,6 +145,7 @@ class RecurrentMixer(nn.Module, ABC):
         self.conv_parts = conv_parts(declared, self.convolved, conv_width, dims.head_dim, normalizes)
         """What the kernel of the convolution makes of each projection, or None where PyTorch does."""
         self.conv_norms = normed_by_conv(self.conv_parts)
+        self.leading_parts = leading_parts(self.conv_parts, self.memory_projections)
 
         self.gate_parameters = GateParameters(self.rule.parameters(), num_states, **factory)
         value_width = dims.num_value_heads * dims.head_value_dim
@@ -390,8 +391,7 @@ class RecurrentMixer(nn.Module, ABC):
                 routed = gather_tokens(tokens, plan, fan_out, kernel=True)
                 projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
             # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
-            leading = [self.conv_parts[name] for name in itertools.takewhile(self._convolves, self.memory_projections)]
-            leading = [part for part in leading if part.activation == leading[0].activation]
+            leading = self.leading_parts
             count = 0
             if leading and conv_state is None:
                 *mixed, projected = conv.of_columns(leading, projected)

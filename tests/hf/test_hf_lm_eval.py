@@ -15,8 +15,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-pytest.importorskip("lm_eval", reason="needs lm-eval (and what it drags in), which no extra asks for")
-
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
 WORDS = [f"w{index}" for index in range(1, VOCAB)]
 

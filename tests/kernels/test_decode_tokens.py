@@ -193,7 +193,9 @@ def check(case: Case, module: Any = decode_tokens) -> None:
         {name: x for name, x in found.items() if name not in ("rows", "state")} for found in (made, plain, exact)
     ]
     assert all(numbers[0][name].dtype == numbers[1][name].dtype for name in numbers[0])
-    assert_within_budget(*numbers)
+    # An exponential is as far off as its exponent, whose rounding grows with it.
+    terms = {name: (1 + case.size) * x.abs() for name, x in numbers[2].items()}
+    assert_within_budget(*numbers, terms=terms)
 
 
 GATED = (
@@ -266,14 +268,14 @@ def test_one_memory_needs_no_index() -> None:
 
 
 def test_gates_of_any_size_are_exact() -> None:
-    """From where a decay is 1 to where it is nothing: within a few roundings of each number, not of the largest."""
+    """From where a decay is 1 to where it is nothing: within roundings of each number and its exponent, not of the largest."""
     x = torch.linspace(-80, 80, 65, device=DEVICE)[:, None].repeat(1, 2)
     heads = torch.zeros(1, device=DEVICE)
     gates = Gates(1, Gate(True, 0), heads, heads, Gate(True, 1), 1.0)
     made = decode_tokens.make_tokens(None, x, [Part(True, 0, 1)], num_states=1, gates=gates)
     assert made.log_decay is not None and made.beta is not None
     wide = x[:, :1].double()
-    torch.testing.assert_close(made.log_decay.double(), -functional.softplus(wide, threshold=100), rtol=2e-6, atol=0)
+    torch.testing.assert_close(made.log_decay.double(), -functional.softplus(wide, threshold=100), rtol=1e-5, atol=0)
     torch.testing.assert_close(made.beta.double(), torch.sigmoid(wide), rtol=2e-5, atol=0)
 
 

@@ -437,8 +437,8 @@ BUGS: dict[str, tuple[Case, str, str]] = {
     ),
     "sigmoids are no probabilities": (
         SIGMOID,
-        "        probabilities = scores / _total(scores)[:, None]",
-        "        probabilities = scores",
+        "tl.div_rn(scores, tl.broadcast_to(_total(scores)[:, None], (ROWS, BLOCK)))",
+        "scores",
     ),
     "the bias is forgotten": (PADDED, "selection += tl.load", "selection += 0.0 * tl.load"),
     "the bias changes the weights": (
@@ -455,8 +455,8 @@ BUGS: dict[str, tuple[Case, str, str]] = {
     ),
     "weights are left as they are": (
         PADDED,
-        "    if RENORMALIZE:\n        # Rounded",
-        "    if False:\n        # Rounded",
+        "    if RENORMALIZE:\n        weights = tl.div_rn",
+        "    if False:\n        weights = tl.div_rn",
     ),
     "the shared choice weighs nothing": (
         PADDED,

@@ -79,7 +79,8 @@ def check(rule: Any, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype =
     seen = [found.pop("tokens_seen") for found in (candidate, reference, exact)]
     assert torch.equal(seen[0], seen[2])
     # The state is float32 and made of numbers in the layer's dtype; an output is a quotient of sums of either sign.
-    largest = max(float(value.abs().max()) for value in exact.values())
+    # A GPU's exponentials, quotients and roots are some roundings off.
+    largest = max(float(value.abs().max()) for value in exact.values()) * (4 if DEVICE == "cuda" else 1)
     terms = {name: torch.full((1,), largest, dtype=torch.float64) for name in exact}
     assert_within_budget(candidate, reference, exact, dtype, terms)
 
