@@ -19,6 +19,7 @@ from linear_moe.cli.generate import generate
 from linear_moe.cli.inspect import inspect
 from linear_moe.cli.rules import rules
 from linear_moe.cli.train import train
+from linear_moe.cli.tune import tune
 
 app = typer.Typer(
     name="linear-moe",
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (rules, explain, train, generate, eval_, inspect, convert, demo, doctor, config_schema):
+for command in (rules, explain, train, generate, eval_, inspect, convert, demo, doctor, tune, config_schema):
     app.command(name=command.__name__.rstrip("_").replace("_", "-"))(errors.explained(command))
 
 

@@ -12,9 +12,10 @@ import typer
 from rich.table import Table
 
 from linear_moe.cli.console import make_console
+from linear_moe.kernels import launch_findings
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.rules.registry import get_rule, rule_names
-from linear_moe.rules.scan import implementations
+from linear_moe.rules.scan import TRITON_INSTALLED, implementations
 
 LARGEST_ERROR = 1e-9
 """Between two implementations in float64, relative to the largest number."""
@@ -35,6 +36,7 @@ def doctor() -> None:
     console.print(", ".join(f"{name} {_version_of(name)}" for name in PACKAGES))
     console.print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     console.print(f"GPU: {_describe_gpus()}", soft_wrap=True)
+    console.print(f"launch parameters: {describe_launch_tables()}", markup=False, soft_wrap=True)
 
     table = Table(title="self-check of the rules (float64, forward and gradient)", title_justify="left")
     for column in ("rule", "checked", "largest error", "seconds", "verdict"):
@@ -59,6 +61,22 @@ def doctor() -> None:
         console.print(f"{failures} of {len(rule_names())} rules failed")
         raise typer.Exit(1)
     console.print("all well")
+
+
+def describe_launch_tables() -> str:
+    """Whether kernels take what `linear-moe tune` found."""
+    if not torch.cuda.is_available() or not TRITON_INSTALLED:
+        return "the frozen tables' (findings are for GPUs)"
+    if not launch_findings.enabled():
+        return f"the frozen tables' ({launch_findings.SWITCH}=off)"
+    machine = launch_findings.machine_of(torch.device("cuda", torch.cuda.current_device()))
+    try:
+        count = len(launch_findings.read_findings(machine))
+    except (ValueError, OSError) as error:
+        return f"the frozen tables' (findings are not used: {error})"
+    if not count:
+        return "the frozen tables' (no findings for this GPU: `linear-moe tune` searches)"
+    return f"the frozen tables', but for {count} found on this GPU: {launch_findings.path_of(machine)}"
 
 
 def check_rule(name: str) -> tuple[str, float]:

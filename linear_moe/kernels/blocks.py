@@ -16,6 +16,8 @@ NO_DECAY = tl.constexpr(0)
 HEAD_DECAY = tl.constexpr(1)
 SCALAR_DECAY = tl.constexpr(2)
 DECAY_KINDS = {Decay.NONE: 0, Decay.HEAD: 1, Decay.SCALAR: 2}
+DECAY_NAMES = tuple(decay.value for decay in DECAY_KINDS)
+"""By the same numbers."""
 
 ROWS_BLOCK = 64
 COLUMNS_BLOCK = 512
@@ -193,6 +195,17 @@ def tile_of(size: int, tile: int, dtype: torch.dtype) -> int:
     outside its shared memory on Hopper.
     """
     return block_of(size, tile) if dtype == torch.float32 else tile
+
+
+def tile_choices(size: int, whole: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """What `tile_of` may be given for `size` channels: of 16 bits none that it warns of, and the next after `size` at most.
+
+    A state of the tile times `whole` channels, in registers, is of no more than 128 times 128: one of twice that spills, and
+    takes minutes to compile.
+    """
+    tiles = (16, 32, 64) if dtype == torch.float32 else (64, 128)
+    most = min(block_of(size), 128 * 128 // block_of(whole))
+    return tuple(tile for tile in tiles if tile == tiles[0] or tile <= most)
 
 
 def precision_of(dtype: torch.dtype) -> str:

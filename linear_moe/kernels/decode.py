@@ -17,6 +17,7 @@ from torch import Tensor
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels.blocks import block_of, state_offsets
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.operator import operator
 
 
@@ -33,11 +34,24 @@ class Launch(NamedTuple):
 LAUNCHES = {32: Launch(64, 2), 64: Launch(64, 4), 128: Launch(32, 4), 256: Launch(32, 8)}
 LARGEST_KEY_DIM = max(LAUNCHES)
 
+
+def choose_launch(key_dim: int) -> Launch:
+    """From the frozen table."""
+    return LAUNCHES[min(largest for largest in LAUNCHES if key_dim <= largest)]
+
+
+TABLE = LaunchTable(
+    "decode",
+    lambda decay, erase, key_dim, value_dim, dtype: choose_launch(key_dim),
+    lambda decay, erase, key_dim, value_dim, dtype: {"value_tile": (16, 32, 64, 128), "num_warps": (2, 4, 8)},
+)
+"""By the form, K, V and the dtype of the values."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _decode_kernel(
+def decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -108,11 +122,11 @@ def _launch(
     output = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if output.numel() == 0:
         return output
-    launch = LAUNCHES[min(largest for largest in LAUNCHES if key_dim <= largest)]
+    launch = TABLE.pick(v.device, decay, erase, key_dim, value_dim, v.dtype)
     value_tile = block_of(value_dim, launch.value_tile)
     # In one dimension, since the others end at 65,535.
     launch_kernel(
-        _decode_kernel,
+        decode_kernel,
         slots * heads * triton.cdiv(value_dim, value_tile),
         q.contiguous(),
         k.contiguous(),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import block_of, cdiv, precision_of
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.operator import operator
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +46,17 @@ LAUNCHES = {
     32: Launch(tokens=32, rows=32, width=128, num_warps=4, num_stages=4),
     64: Launch(tokens=64, rows=64, width=64, num_warps=4, num_stages=4),
 }
+TABLE = LaunchTable(
+    "decode.projections",
+    lambda most, size, dtype: LAUNCHES[most],
+    lambda most, size, dtype: {
+        "rows": (16, 32, 64),
+        "width": (64, 128, 256),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+)
+"""By the most tokens, as above, the width of the tokens, and the dtype of the products."""
 
 
 class Projected(NamedTuple):
@@ -102,7 +114,7 @@ def _product(
 
 
 @triton.jit
-def _project_kernel(
+def project_kernel(
     x_ptr, memory_ptr, memory_weight_ptr, memory_bias_ptr, token_weight_ptr, gate_weight_ptr, memory_out_ptr,
     token_out_ptr, gate_out_ptr, num_tokens, num_tiles, STATES: tl.constexpr, FAN_OUT: tl.constexpr,
     SLOTS_BLOCK: tl.constexpr, MEMORY_ROWS: tl.constexpr, TOKEN_ROWS: tl.constexpr, GATE_ROWS: tl.constexpr,
@@ -176,7 +188,8 @@ def _project(
     made = _room(x, memory, memory_weight, token_weight, gate_weight, by_slot, dtype)
     fan_out = 1 if memory is None else memory.shape[1]
     num_tokens = x.shape[0] // fan_out if by_slot else x.shape[0]
-    launch = LAUNCHES[min((most for most in LAUNCHES if num_tokens <= most), default=max(LAUNCHES))]
+    most = min((most for most in LAUNCHES if num_tokens <= most), default=max(LAUNCHES))
+    launch = TABLE.pick(x.device, most, x.shape[1], dtype)
     states = 0 if memory_weight is None else memory_weight.shape[0]
     rows = [_rows_of(weight) for weight in (memory_weight, token_weight, gate_weight)]
     tiles = [cdiv(count, launch.rows) for count in rows]
@@ -187,7 +200,7 @@ def _project(
         given = [weight for weight in (memory_weight, token_weight, gate_weight) if weight is not None]
         with torch.cuda.device_of(x):
             launch_kernel(
-                _project_kernel,
+                project_kernel,
                 programs,
                 x,
                 memory,

@@ -18,6 +18,7 @@ from linear_moe.forms import Decay
 from linear_moe.kernels import piece_reads
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
+    DECAY_NAMES,
     block_of,
     cdiv,
     chunk_sums,
@@ -25,6 +26,7 @@ from linear_moe.kernels.blocks import (
     num_processors,
     precision_of,
     sum_heads,
+    tile_choices,
     tile_of,
     zero_uncovered,
 )
@@ -39,6 +41,7 @@ from linear_moe.kernels.delta_walks import (
 )
 from linear_moe.kernels.join import join_affine
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_reads import Pieces, read_pieces
 from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
 
@@ -70,6 +73,34 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
     if walk == "forward":
         return Launch(chunk=64, tile=64, num_warps=4, num_stages=3)
     return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 else 1)
+
+
+TABLE = LaunchTable(
+    "gated_deltanet",
+    lambda walk, decay, key_dim, value_dim, dtype: choose_launch(walk, key_dim, value_dim, dtype),
+    lambda walk, decay, key_dim, value_dim, dtype: {
+        "tile": tile_choices(*_tiled(walk, key_dim, value_dim), dtype),
+        "num_warps": (4, 8),
+        # At four the others do not fit a multiprocessor.
+        "num_stages": (1, 2, 3, 4) if walk == "forward" else (1, 2, 3),
+    },
+)
+"""By the walk, the decay, K, V and the dtype. The chunk, whose matrices are kept for the backward pass, and, through
+`piece_length`, where segments are cut are the frozen table's."""
+
+
+class ChunkLaunch(NamedTuple):
+    """Launch parameters of what is made of each chunk alone."""
+
+    num_warps: int
+
+
+CHUNK_TABLE = LaunchTable(
+    "gated_deltanet.chunk",
+    lambda kernel, decay, size, dtype: ChunkLaunch(num_warps=4),
+    lambda kernel, decay, size, dtype: {"num_warps": (2, 4, 8)},
+)
+"""By the kernel, "solve" or "pairs", the decay, K of the one and V of the other, and the dtype."""
 
 
 class Solved(NamedTuple):
@@ -143,11 +174,16 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
     return _Walk(DECAY_KINDS[decay], decays, beta.t().contiguous(), splits, chunks, pieces, first)
 
 
-def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[int, dict[str, int]]:
+def _tiled(walk: str, key_dim: int, value_dim: int) -> tuple[int, int]:
+    """The channels that a walk's programs share, and those that each has whole."""
+    return (value_dim, key_dim) if walk in ("forward", "values") else (key_dim, value_dim)
+
+
+def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str, int]]:
     """The grid of a walk and its launch parameters."""
-    launch = choose_launch(walk, k.shape[2], v.shape[2], k.dtype)
-    by_values = walk in ("forward", "values")
-    tiled, whole = (v.shape[2], k.shape[2]) if by_values else (k.shape[2], v.shape[2])
+    launch = TABLE.pick(v.device, name, DECAY_NAMES[walk.kind], k.shape[2], v.shape[2], k.dtype)
+    by_values = name in ("forward", "values")
+    tiled, whole = _tiled(name, k.shape[2], v.shape[2])
     tile = tile_of(tiled, launch.tile, k.dtype)
     parameters = {
         "CHUNK": launch.chunk,
@@ -158,7 +194,7 @@ def _launch(walk: str, k: Tensor, v: Tensor, splits: Splits) -> tuple[int, dict[
     }
     if by_values:
         parameters["PIECE"] = stored_piece(k, v) or 1
-    return splits.num_pieces * v.shape[1] * cdiv(tiled, tile), parameters
+    return walk.splits.num_pieces * v.shape[1] * cdiv(tiled, tile), parameters
 
 
 def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
@@ -167,6 +203,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
     erasure, reads = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
     constants = walk.constants(k, v)
     del constants["V"]
+    launch = CHUNK_TABLE.pick(v.device, "solve", DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
     launch_kernel(
         solve_kernel,
         walk.chunks.num_pieces * heads,
@@ -182,7 +219,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
         CHUNK=chunk,
         LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
-        num_warps=4,
+        num_warps=launch.num_warps,
         num_stages=1,
         **constants,
     )
@@ -206,7 +243,7 @@ def _run_forward(
     borders: Tensor | None = None,
 ) -> None:
     borders = walk.splits.borders if borders is None else borders
-    grid, parameters = _launch("forward", k, v, walk.splits)
+    grid, parameters = _launch("forward", walk, k, v)
     launch_kernel(
         forward_kernel,
         grid,
@@ -346,7 +383,7 @@ def backward(
     key_dim, splits = k.shape[2], walk.splits
     constants = walk.constants(k, v)
     starts = kept.starts if splits.cut else initial_state
-    grid, parameters = _launch("values", k, v, splits)
+    grid, parameters = _launch("values", walk, k, v)
     tiles = cdiv(value_dim, parameters["TILE"])
     d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
     dv = torch.empty_like(v)
@@ -413,10 +450,11 @@ def _walk_back(
     reads, erases = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
     own = torch.empty(heads, num_tokens, dtype=torch.float32, device=k.device)
     borders = walk.chunks.borders
+    launch = CHUNK_TABLE.pick(v.device, "pairs", DECAY_NAMES[walk.kind], value_dim, k.dtype)
     launch_kernel(
         pairs_kernel, walk.chunks.num_pieces * heads, d_output, dv, wrong, *gates, reads, erases, own, borders,
         borders.stride(0), num_tokens, scale, HEADS=heads, V=value_dim, CHUNK=chunk, V_BLOCK=block_of(value_dim),
-        DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=4, num_stages=1,
+        DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
     both = (q, k, d_output, dv, wrong, *gates, reads, erases, own)
     where = (walk.splits.borders, walk.splits.borders.stride(0), num_tokens, scale)
@@ -427,10 +465,10 @@ def _walk_back(
             return None
         return torch.empty(cdiv(k.shape[2], tile), heads, num_tokens, dtype=torch.float32, device=v.device)
 
-    grid, parameters = _launch("queries", k, v, walk.splits)
+    grid, parameters = _launch("queries", walk, k, v)
     read = new_overlap(parameters["TILE"])
     launch_kernel(queries_kernel, grid, *both, dq, dk, read, starts, *where, **parameters, **constants)
-    grid, parameters = _launch("keys", k, v, walk.splits)
+    grid, parameters = _launch("keys", walk, k, v)
     written = new_overlap(parameters["TILE"])
     launch_kernel(keys_kernel, grid, *both, dk, written, reverse_starts, *where, **parameters, **constants)
     return None if read is None or written is None else _Crossing(read, written)

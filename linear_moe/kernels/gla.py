@@ -35,11 +35,13 @@ from linear_moe.kernels.blocks import (
     state_offsets,
     store_rows,
     sum_heads,
+    tile_choices,
     tile_of,
     zero_uncovered,
 )
 from linear_moe.kernels.join import join
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward, Forward
 from linear_moe.kernels.splits import Ragged, Splits, split_length
 
@@ -74,6 +76,19 @@ def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype)
     if kernel == "walk":
         return Launch(chunk=64, tile=64, num_warps=8 if largest > 128 else 4, num_stages=2)
     return Launch(chunk=64, tile=64, num_warps=4 if kernel == "prepare" or largest <= 64 else 8, num_stages=1)
+
+
+TABLE = LaunchTable(
+    "gla",
+    choose_launch,
+    lambda kernel, key_dim, value_dim, dtype: {
+        "tile": tile_choices(*((value_dim, key_dim) if kernel == "walk" else (key_dim, value_dim)), dtype),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+)
+"""The chunk and, through `piece_length`, where segments are cut are the frozen table's: all four share them, and so do forward
+and backward passes."""
 
 
 @triton.jit
@@ -170,7 +185,7 @@ def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, ke
 
 
 @triton.jit
-def _prepare_kernel(
+def prepare_kernel(
     q_ptr,
     k_ptr,
     decay_ptr,
@@ -237,7 +252,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _walk_kernel(
+def walk_kernel(
     reads_ptr,
     writes_ptr,
     v_ptr,
@@ -312,7 +327,7 @@ def _walk_kernel(
 
 
 @triton.jit
-def _keys_kernel(
+def keys_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -387,7 +402,7 @@ def _keys_kernel(
 
 
 @triton.jit
-def _queries_kernel(
+def queries_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -501,7 +516,7 @@ def _shared_constants(k: Tensor, chunk: int) -> dict[str, object]:
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits, ragged: Ragged) -> _Prepared:
     num_tokens, heads, key_dim = log_decay.shape
-    launch = choose_launch("prepare", key_dim, v.shape[2], k.dtype)
+    launch = TABLE.pick(v.device, "prepare", key_dim, v.shape[2], k.dtype)
     chunk = launch.chunk
     # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
     chunks = ragged.pieces(num_tokens, chunk)
@@ -512,7 +527,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits,
     tile = tile_of(key_dim, launch.tile, k.dtype)
     # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
     for mild in (True, False):
-        launch_kernel(_prepare_kernel, chunks.num_pieces * heads,
+        launch_kernel(prepare_kernel, chunks.num_pieces * heads,
             q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
             K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild, num_warps=launch.num_warps,
             num_stages=launch.num_stages, **_shared_constants(k, chunk),
@@ -539,10 +554,10 @@ def _walk(
 ) -> None:
     borders = splits.borders if borders is None else borders
     heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
-    launch = choose_launch("walk", key_dim, value_dim, v.dtype)
+    launch = TABLE.pick(v.device, "walk", key_dim, value_dim, v.dtype)
     tile = tile_of(value_dim, launch.tile, v.dtype)
     launch_kernel(
-        _walk_kernel,
+        walk_kernel,
         splits.num_pieces * heads * cdiv(value_dim, tile),
         reads,
         writes,
@@ -679,7 +694,7 @@ def backward(
     at_start = None if starts is None else torch.linalg.vecdot(starts, piece_ends)
 
     def run(name: str, kernel: Any, *results: Tensor | None) -> None:
-        launch = choose_launch(name, key_dim, value_dim, k.dtype)
+        launch = TABLE.pick(v.device, name, key_dim, value_dim, k.dtype)
         tile = tile_of(key_dim, launch.tile, k.dtype)
         for mild in (True, False):
             launch_kernel(kernel, splits.num_pieces * heads * cdiv(key_dim, tile),
@@ -689,8 +704,8 @@ def backward(
                 **_shared_constants(k, launch.chunk),
             )  # fmt: skip
 
-    run("keys", _keys_kernel, dk, written, reverse_starts)
-    run("queries", _queries_kernel, written, dq, d_decay, starts, at_start)
+    run("keys", keys_kernel, dk, written, reverse_starts)
+    run("queries", queries_kernel, written, dq, d_decay, starts, at_start)
     if not ragged.dense:
         for gradient in (dq, dk, dv, d_decay):
             zero_uncovered(gradient, ragged.cu_seqlens)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ Key = tuple[object, ...]
 
 _compiled: dict[Key, Any] = {}
 _constants: dict[int, list[str]] = {}
+_recorder: _Recorder | None = None
 
 
 def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | None, **options: Any) -> None:
@@ -20,6 +23,8 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     each of the ten to twenty launches of a step, whose kernels may take less. Here a third of that goes into looking it up by
     what Triton decides by: the dtype and alignment of pointers, the width and divisibility of integers, and the constants.
     """
+    if _recorder is not None and _recorder.keeps_back(Launched(kernel, grid, arguments, options)):
+        return
     if not hasattr(kernel, "params"):
         # The interpreter compiles nothing.
         kernel[(grid,)](*arguments, **options)
@@ -50,3 +55,41 @@ def _specialization(argument: Tensor | int | float | None) -> object:
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return float
+
+
+class Launched(NamedTuple):
+    """A launch of a kernel, with the tensors that it had."""
+
+    kernel: Any
+    grid: int
+    arguments: tuple[Tensor | int | float | None, ...]
+    options: dict[str, Any]
+
+    def again(self) -> None:
+        """Launch the same once more."""
+        launch_kernel(self.kernel, self.grid, *self.arguments, **self.options)
+
+
+class _Recorder(NamedTuple):
+    kernel: Any
+    launches: list[Launched]
+    dry: bool
+
+    def keeps_back(self, launched: Launched) -> bool:
+        if launched.kernel is not self.kernel:
+            return False
+        self.launches.append(launched)
+        return self.dry
+
+
+@contextlib.contextmanager
+def recorded(kernel: Any, *, dry: bool = False) -> Iterator[list[Launched]]:
+    """The launches of a kernel inside, in all threads. `dry`: they are not done, and what they would have made is anything."""
+    global _recorder
+    assert _recorder is None, "one recording at a time"
+    launches: list[Launched] = []
+    _recorder = _Recorder(kernel, launches, dry)
+    try:
+        yield launches
+    finally:
+        _recorder = None

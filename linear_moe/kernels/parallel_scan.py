@@ -23,6 +23,7 @@ from linear_moe.forms import Decay
 from linear_moe.kernels import piece_reads
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
+    DECAY_NAMES,
     HEAD_DECAY,
     NO_DECAY,
     cdiv,
@@ -35,12 +36,14 @@ from linear_moe.kernels.blocks import (
     state_offsets,
     sum_heads,
     summed_decays,
+    tile_choices,
     tile_of,
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.join import join
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_reads import Pieces, read_pieces
 from linear_moe.kernels.results import Backward, Forward
 from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
@@ -68,6 +71,19 @@ def choose_launch(dtype: torch.dtype) -> Launch:
     return Launch(chunk=64, tile=128, num_warps=8, num_stages=3)
 
 
+TABLE = LaunchTable(
+    "parallel_scan.states",
+    lambda decay, key_dim, value_dim, dtype: choose_launch(dtype),
+    lambda decay, key_dim, value_dim, dtype: {
+        "tile": tile_choices(max(key_dim, value_dim), 1, dtype),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+)
+"""By the decay, the widths of what is walked as keys and values, and the dtype. The chunk and, through `walk_length`, where
+segments are cut are the frozen table's."""
+
+
 @triton.jit
 def _sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.constexpr):
     """The sum of a piece's log decays before its `row`."""
@@ -78,7 +94,7 @@ def _sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.c
 
 
 @triton.jit
-def _states_kernel(
+def states_kernel(
     k_ptr,
     v_ptr,
     decay_ptr,
@@ -224,12 +240,12 @@ def _run_states(
     reverse: bool = False,
     borders: Tensor | None = None,
 ) -> None:
-    launch = choose_launch(k.dtype)
     key_dim, value_dim = k.shape[2], v.shape[2]
+    launch = TABLE.pick(v.device, DECAY_NAMES[plan.pieces.kind], key_dim, value_dim, k.dtype)
     k_tile, v_tile = (tile_of(size, launch.tile, k.dtype) for size in (key_dim, value_dim))
     borders = plan.walks.borders if borders is None else borders
     launch_kernel(
-        _states_kernel,
+        states_kernel,
         plan.walks.num_pieces * plan.pieces.heads * cdiv(key_dim, k_tile) * cdiv(value_dim, v_tile),
         k,
         v,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import (
+    DECAY_NAMES,
     HEAD_DECAY,
     NO_DECAY,
     block_of,
@@ -31,6 +32,7 @@ from linear_moe.kernels.blocks import (
     summed_decays,
 )
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.splits import Splits
 
 
@@ -61,6 +63,21 @@ def choose_launch(dtype: torch.dtype) -> Launch:
         # Exact products take no tensor cores, and the tiles twice the memory.
         return Launch(piece=64, rows=32, columns=32, slice=16, num_warps=4, num_stages=1)
     return Launch(piece=256, rows=128, columns=32, slice=64, num_warps=8, num_stages=3)
+
+
+TABLE = LaunchTable(
+    "piece_reads",
+    lambda decay, weighted, key_dim, value_dim, dtype: choose_launch(dtype),
+    lambda decay, weighted, key_dim, value_dim, dtype: {
+        "rows": (32, 64) if dtype == torch.float32 else (64, 128),
+        "columns": (16, 32) if dtype == torch.float32 else (32, 64),
+        "slice": (16, 32) if dtype == torch.float32 else (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+)
+"""By the decay, whether pairs are weighted (the delta rules' are: "weighted" or "plain"), the widths of a and c, and the dtype.
+The piece is the frozen table's: it is how many states are kept for the backward pass."""
 
 
 def takes(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
@@ -106,7 +123,7 @@ def _add_pairs(
 
 
 @triton.jit
-def _reads_kernel(
+def reads_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
@@ -270,12 +287,13 @@ def read_pieces(
         other: `[S, *, V]`, with `overlap`.
         overlap: `[H, S]` float32, to be filled with <output, other> without each token's own pair.
     """
-    launch = choose_launch(a.dtype)
     key_dim, value_dim = a.shape[2], c.shape[2]
+    weighted = "plain" if column_weights is None and row_weights is None else "weighted"
+    launch = TABLE.pick(a.device, DECAY_NAMES[pieces.kind], weighted, key_dim, value_dim, a.dtype)
     b2, c2, factor2 = (None, None, 0.0) if second is None else second
     borders = pieces.splits.borders
     launch_kernel(
-        _reads_kernel,
+        reads_kernel,
         pieces.splits.num_pieces * pieces.heads * (launch.piece // launch.rows),
         a,
         b,

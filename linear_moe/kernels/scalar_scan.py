@@ -24,6 +24,7 @@ from torch import Tensor
 from linear_moe.forms import Decay
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
+    DECAY_NAMES,
     HEAD_DECAY,
     NO_DECAY,
     block_of,
@@ -39,12 +40,14 @@ from linear_moe.kernels.blocks import (
     store_rows,
     sum_heads,
     summed_decays,
+    tile_choices,
     tile_of,
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.join import join
 from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward, Forward
 from linear_moe.kernels.splits import Ragged, Splits, split_length
 
@@ -75,8 +78,21 @@ def choose_launch(key_dim: int, dtype: torch.dtype) -> Launch:
     return Launch(chunk=64, value_tile=64, num_warps=4, num_stages=3)
 
 
+TABLE = LaunchTable(
+    "scalar_scan",
+    lambda decay, key_dim, value_dim, dtype: choose_launch(key_dim, dtype),
+    lambda decay, key_dim, value_dim, dtype: {
+        "value_tile": tile_choices(value_dim, key_dim, dtype),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3, 4),
+    },
+)
+"""By the decay, the widths of what is walked as keys and values, and the dtype. The chunk and, through `piece_length`, where
+segments are cut are the frozen table's: forward and backward passes share them."""
+
+
 @triton.jit
-def _scan_kernel(
+def scan_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -229,7 +245,7 @@ def _scan(
     """
     num_tokens, _, key_dim = q.shape
     value_dim = v.shape[2]
-    launch = choose_launch(key_dim, k.dtype)
+    launch = TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
     value_tile = tile_of(value_dim, launch.value_tile, k.dtype)
     tiles = cdiv(value_dim, value_tile)
     overlap = None
@@ -237,7 +253,7 @@ def _scan(
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
     borders = walk.splits.borders if borders is None else borders
     launch_kernel(
-        _scan_kernel,
+        scan_kernel,
         walk.splits.num_pieces * walk.heads * tiles,
         q,
         k,

@@ -23,8 +23,9 @@ from linear_moe.models.library import load_config
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
 from linear_moe.training.extras import require
-from linear_moe.training.files import flush, full_disk_named, remove_folder
+from linear_moe.training.files import full_disk_named, remove_folder
 from linear_moe.training.manifest import MANIFEST_FILE, find_damage, write_manifest
+from linear_moe.whole_files import flush
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.yaml", "state.pt"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from linear_moe.training.files import flush
+from linear_moe.whole_files import flush
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from linear_moe.models.model import LanguageModel
-from linear_moe.training.files import full_disk_named, replace_text
+from linear_moe.training.files import full_disk_named
+from linear_moe.whole_files import replace_text
 
 
 class MetricsFile:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from linear_moe.data.tokenizer import load_tokenizer
+from linear_moe.kernels.launch_tables import describe_tables
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
 from linear_moe.training.checkpoint import (
@@ -32,7 +33,7 @@ from linear_moe.training.checkpoint import (
 from linear_moe.training.distributed import ALONE, World, shard, whole_tensors
 from linear_moe.training.divergence import DivergedError, save_batches
 from linear_moe.training.extras import require
-from linear_moe.training.files import full_disk_named, replace_text
+from linear_moe.training.files import full_disk_named
 from linear_moe.training.interrupt import InterruptGuard
 from linear_moe.training.logs import Log, open_logs, require_logs, scalars
 from linear_moe.training.loop import StepReport, optimise
@@ -44,6 +45,7 @@ from linear_moe.training.randomness import random_state, repeatable, restore_ran
 from linear_moe.training.run_lock import RunLock
 from linear_moe.training.tasks import Task
 from linear_moe.training.throughput import Speed, Utilisation
+from linear_moe.whole_files import replace_text
 
 METRICS_FILE, SAMPLE_FILE = "metrics.jsonl", "sample.txt"
 
@@ -348,6 +350,7 @@ def _environment(device: torch.device, impl: str, world: World) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "impl": impl,
+        "launch tables": describe_tables(device),
         "processes": world.size,
     }
 

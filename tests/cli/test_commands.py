@@ -47,6 +47,7 @@ def test_help_of_every_command_has_an_example() -> None:
         "convert",
         "demo",
         "doctor",
+        "tune",
         "config-schema",
     ]
     for command in commands:

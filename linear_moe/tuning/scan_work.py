@@ -1,0 +1,177 @@
+"""A forward and backward pass of a form's scan, to tune its kernels at."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.forms import Decay, Erase, Recurrence
+from linear_moe.kernels import delta_walks, gated_deltanet, gla, library, parallel_scan, piece_reads, scalar_scan
+from linear_moe.rules.base import Tokens
+from linear_moe.rules.scan import scan
+from linear_moe.tuning.search import Entry
+
+SEQUENCE = 4096
+"""Tokens of a sequence of the timed scan."""
+CHECKED = (2048, 0, 500, 70, 1)
+"""Lengths of the segments that results are checked on: long ones that are split, none, and less than a chunk; then 5 tokens in
+none."""
+
+
+class ScanWork:
+    """A forward and a backward pass over whole sequences; checked on ragged segments, with initial and final states."""
+
+    def __init__(
+        self, form: Recurrence, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, *, tokens: int,
+        heads: int, checked: tuple[int, ...] = CHECKED,
+    ) -> None:  # fmt: skip
+        self.form, self.key_dim, self.value_dim, self.dtype, self.device = form, key_dim, value_dim, dtype, device
+        self.tokens, self.heads, self.checked = tokens, heads, checked
+
+    def entries(self) -> list[Entry]:
+        """Of the kernels that scan this form."""
+        K, V = self.key_dim, self.value_dim
+        decay, wide = self.form.decay.value, piece_reads.takes(K, V, self.dtype)
+        sizes = {"K": K, "V": V}
+        if self.form.erase is Erase.DELTA:
+            chunks = {"solve": (delta_walks.solve_kernel, "K")}
+            walks = {"forward": delta_walks.forward_kernel, "values": delta_walks.values_kernel}
+            if not wide:
+                chunks["pairs"] = (delta_walks.pairs_kernel, "V")
+                walks |= {"queries": delta_walks.queries_kernel, "keys": delta_walks.keys_kernel}
+            return [
+                *(
+                    Entry(gated_deltanet.CHUNK_TABLE, (name, decay, sizes[x], self.dtype), kernel, {x: sizes[x]})
+                    for name, (kernel, x) in chunks.items()
+                ),
+                *(
+                    Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
+                    for name, kernel in walks.items()
+                ),
+                *(self._reads("weighted") if wide else ()),
+            ]
+        if self.form.decay is Decay.VECTOR:
+            kernels = {
+                "prepare": (gla.prepare_kernel, {"K": K}),
+                "walk": (gla.walk_kernel, sizes),
+                "keys": (gla.keys_kernel, sizes),
+                "queries": (gla.queries_kernel, sizes),
+            }
+            return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
+        if wide:
+            states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
+            return [states, *self._reads("plain")]
+        return self._both_ways(scalar_scan.TABLE, (decay,), scalar_scan.scan_kernel)
+
+    def _reads(self, weighted: str) -> list[Entry]:
+        return self._both_ways(piece_reads.TABLE, (self.form.decay.value, weighted), piece_reads.reads_kernel)
+
+    def _both_ways(self, table: Any, first: tuple[str, ...], kernel: Any) -> list[Entry]:
+        """Backwards keys and values change places."""
+        ways = dict.fromkeys([(self.key_dim, self.value_dim), (self.value_dim, self.key_dim)])
+        return [Entry(table, (*first, *way, self.dtype), kernel, {"K": way[0], "V": way[1]}) for way in ways]
+
+    def run(self) -> None:
+        """Forward and backward, without states."""
+        self._kernels(self._timed, states=False)
+
+    def check(self) -> dict[str, Tensor]:
+        """The output, the final state, and the gradient of every input."""
+        return self._kernels(self._ragged, states=True)
+
+    def exact(self) -> dict[str, Tensor]:
+        """The chunked form's."""
+        return self._exact
+
+    @functools.cached_property
+    def _timed(self) -> dict[str, Tensor]:
+        length = min(SEQUENCE, self.tokens)
+        return self._draw([length] * (self.tokens // length), spare=self.tokens % length)
+
+    @functools.cached_property
+    def _ragged(self) -> dict[str, Tensor]:
+        return self._draw(list(self.checked), spare=5)
+
+    def _draw(self, lengths: list[int], spare: int) -> dict[str, Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        make: dict[str, Any] = {"generator": generator, "device": self.device}
+        S, H, decay = sum(lengths) + spare, self.heads, self.form.decay
+        inputs = {
+            name: torch.randn(S, H, width, **make)
+            for name, width in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim))
+        }
+        if decay is Decay.HEAD:
+            inputs["log_decay"] = -0.1 * torch.rand(H, **make)
+        elif decay is not Decay.NONE:
+            # Every other segment fades within a few tokens: kernels may take another way there.
+            rates = torch.full((S,), 0.02)
+            for begin, end in list(itertools.pairwise([0, *itertools.accumulate(lengths)]))[2::2]:
+                rates[begin:end] = 4.0
+            channels = (self.key_dim,) if decay is Decay.VECTOR else ()
+            drawn = torch.rand(S, H, *channels, **make)
+            inputs["log_decay"] = -drawn * rates.to(self.device).view(S, *[1] * (drawn.dim() - 1))
+        if self.form.erase is Erase.DELTA:
+            inputs["k"] = F.normalize(inputs["k"], dim=-1)
+            inputs["beta"] = torch.rand(S, H, **make)
+        inputs = {name: x.to(self.dtype) if name in "qkv" else x for name, x in inputs.items()}
+        inputs["initial_state"] = torch.randn(len(lengths), H, self.key_dim, self.value_dim, **make)
+        inputs["d_output"] = torch.randn(inputs["v"].shape, **make).to(self.dtype)
+        inputs["d_final_state"] = torch.randn(inputs["initial_state"].shape, **make)
+        inputs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], device=self.device)
+        return inputs
+
+    def _kernels(self, inputs: dict[str, Tensor], *, states: bool) -> dict[str, Tensor]:
+        given: dict[str, Any] = {
+            name: inputs.get(name) if states or name != "initial_state" else None
+            for name in ("q", "k", "v", "log_decay", "beta", "initial_state")
+        }
+        learned = {
+            name: x.detach().requires_grad_()
+            for name, x in given.items()
+            if x is not None and (name != "log_decay" or x.dim() > 1)
+        }
+        num_tokens = inputs["v"].shape[0]
+        output, final_state = library.scan(
+            **given | learned, decay=self.form.decay, scale=self.key_dim**-0.5, cu_seqlens=inputs["cu_seqlens"],
+            max_length=max(self.checked) if states else min(SEQUENCE, num_tokens),
+            dense=not states and num_tokens % min(SEQUENCE, num_tokens) == 0, return_final_state=states,
+        )  # fmt: skip
+        return _with_gradients(output, final_state, learned, inputs)
+
+    @functools.cached_property
+    def _exact(self) -> dict[str, Tensor]:
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in self._ragged.items()}
+        learned: dict[str, Any] = {
+            name: inputs[name].requires_grad_(name != "log_decay" or inputs[name].dim() > 1)
+            for name in ("q", "k", "v", "log_decay", "beta", "initial_state")
+            if name in inputs
+        }
+        tokens = Tokens(
+            **{name: x if x.dim() == 1 else x[None] for name, x in learned.items() if name != "initial_state"}
+        )
+        result = scan(
+            tokens, form=self.form, step=no_step, scale=self.key_dim**-0.5, initial_state=learned["initial_state"],
+            cu_seqlens=inputs["cu_seqlens"], max_length=max(self.checked), return_final_state=True, impl="chunked",
+        )  # fmt: skip
+        learned = {name: x for name, x in learned.items() if x.requires_grad}
+        return _with_gradients(result.output[0], result.final_state, learned, inputs)
+
+
+def _with_gradients(
+    output: Tensor, final_state: Tensor | None, learned: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    made = {"output": output} | ({} if final_state is None else {"final_state": final_state})
+    seeds = [inputs[f"d_{name}"].to(x.dtype) for name, x in made.items()]
+    gradients = torch.autograd.grad(list(made.values()), list(learned.values()), seeds)
+    named = {f"d_{name}": x for name, x in zip(learned, gradients, strict=True)}
+    return {name: x.detach() for name, x in made.items()} | named
+
+
+def no_step(state: Tensor, token: Any) -> tuple[Tensor, Tensor]:
+    """Of a form that is computed by chunks."""
+    raise AssertionError("the chunked form takes no steps")
