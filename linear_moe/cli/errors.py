@@ -11,9 +11,9 @@ from typing import Any, ParamSpec
 import typer
 from rich.console import Console
 
+from linear_moe.models.extras import MissingExtraError
 from linear_moe.training.checkpoint import DamagedCheckpointWarning
 from linear_moe.training.divergence import DivergedError
-from linear_moe.training.extras import MissingExtraError
 
 INTERRUPTED = 130
 """Of shells: 128 and the number of SIGINT."""

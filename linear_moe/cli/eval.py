@@ -18,9 +18,9 @@ from linear_moe.evaluation.plots import plot_result
 from linear_moe.evaluation.result import Result
 from linear_moe.evaluation.segments import Sizes
 from linear_moe.evaluation.suites import SUITES, EvaluationOptions, check_suites, run_suite, suites_of
+from linear_moe.models.extras import MissingExtraError
 from linear_moe.models.library import load_config, shipped_configs
 from linear_moe.models.model import LanguageModel, build_model
-from linear_moe.training.extras import MissingExtraError
 
 _DEFAULTS = EvaluationOptions()
 _LENGTHS = ",".join(map(str, _DEFAULTS.lengths))

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from linear_moe.whole_files import flush
+
 STATE_FORMAT = 2
 _MARK = b"LMSTATE%d" % STATE_FORMAT
 _END = len(_MARK) + hashlib.sha256().digest_size
@@ -29,13 +31,11 @@ def write_state_file(path: str | Path, content: dict[str, Any]) -> None:
             torch.save({"format": STATE_FORMAT, **content}, file)
             size = file.seek(0, os.SEEK_END)
             file.write(_MARK + _digest(file, size))
-            file.flush()
-            os.fsync(file.fileno())
+        flush(aside)
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
-    if os.name == "posix":
-        _flush_folder(target.parent)
+    flush(target.parent)
 
 
 def read_state_file(path: str | Path, kind: str, key: str, device: torch.device | str | None) -> dict[str, Any]:
@@ -83,12 +83,3 @@ def _digest(file: BinaryIO, size: int) -> bytes:
         digest.update(block)
         size -= len(block)
     return digest.digest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """A rename may be lost with the folder's entries in a crash, though the file itself was flushed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from linear_moe.models.extras import require
 from linear_moe.models.library import load_config
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
+from linear_moe.whole_files import flush
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.yaml"
 
@@ -62,15 +63,14 @@ def write_model_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, 
             raise OSError(f"{str(folder / MODEL_FILE)!r} can't be written: {error}") from error
         (aside / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         for file in aside.iterdir():
-            _flush(file)
+            flush(file)
         if folder.is_dir():
             # Empty, by the check above; where it no longer is, this fails and leaves it alone.
             folder.rmdir()
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    if os.name == "posix":
-        _flush(folder.parent)
+    flush(folder.parent)
 
 
 def read_model_folder(
@@ -127,12 +127,3 @@ def shown_names(names: Any) -> str:
     ordered = sorted(names)
     rest = len(ordered) - _NAMES_SHOWN
     return ", ".join(ordered[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _flush(path: Path) -> None:
-    """Force a file (or, on POSIX, a folder's entries) to the disk: a rename may survive a crash that the data does not."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from linear_moe.models.extras import require
 from linear_moe.models.library import load_config
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
-from linear_moe.training.extras import require
 from linear_moe.training.files import full_disk_named, remove_folder
 from linear_moe.training.manifest import MANIFEST_FILE, find_damage, write_manifest
 from linear_moe.whole_files import flush

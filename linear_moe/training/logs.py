@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from linear_moe.training.extras import require
+from linear_moe.models.extras import require
 
 LOGS = ("tensorboard", "trackio")
 TENSORBOARD_FOLDER = "tensorboard"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from linear_moe.training.extras import require
+from linear_moe.models.extras import require
 
 
 def seed_all(seed: int) -> None:

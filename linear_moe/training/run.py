@@ -17,6 +17,7 @@ import torch
 
 from linear_moe.data.tokenizer import load_tokenizer
 from linear_moe.kernels.launch_tables import describe_tables
+from linear_moe.models.extras import require
 from linear_moe.models.model import LanguageModel, build_model
 from linear_moe.models.schema import ModelConfig
 from linear_moe.training.checkpoint import (
@@ -32,7 +33,6 @@ from linear_moe.training.checkpoint import (
 )
 from linear_moe.training.distributed import ALONE, World, shard, whole_tensors
 from linear_moe.training.divergence import DivergedError, save_batches
-from linear_moe.training.extras import require
 from linear_moe.training.files import full_disk_named
 from linear_moe.training.interrupt import InterruptGuard
 from linear_moe.training.logs import Log, open_logs, require_logs, scalars

@@ -16,7 +16,7 @@ from linear_moe.data.vocabulary import vocabulary_of
 from linear_moe.evaluation import EvaluationOptions, Result, run_suite
 from linear_moe.evaluation.plots import plot_result
 from linear_moe.evaluation.result import Column
-from linear_moe.training.extras import MissingExtraError
+from linear_moe.models.extras import MissingExtraError
 
 RESULT = Result(
     "x",

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from small_models import recall_task, small_model
 
+from linear_moe.models.extras import MissingExtraError
 from linear_moe.training.checkpoint import (
     DamagedCheckpointError,
     TrainerState,
@@ -23,7 +24,6 @@ from linear_moe.training.checkpoint import (
     load_trainer_state,
     save_checkpoint,
 )
-from linear_moe.training.extras import MissingExtraError
 from linear_moe.training.files import DiskFullError
 from linear_moe.training.manifest import MANIFEST_FILE, write_manifest
 from linear_moe.training.metrics import MetricsFile

@@ -13,7 +13,7 @@ from small_models import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import Watcher
 
-from linear_moe.training.extras import MissingExtraError
+from linear_moe.models.extras import MissingExtraError
 from linear_moe.training.logs import scalars
 from linear_moe.training.metrics import read_metrics
 from linear_moe.training.plan import RunPlan, TaskOptions

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from linear_moe.models.extras import require
 from linear_moe.training.demo.parallel import num_cores
 from linear_moe.training.demo.progress import StudyDisplay
 from linear_moe.training.demo.recall_report import plot_study, study_remarks, study_table, write_csv
 from linear_moe.training.demo.recall_study import run_study
 from linear_moe.training.demo.sizes import demo_size
 from linear_moe.training.demo.text_part import run_text
-from linear_moe.training.extras import require
 
 GPU_WORKERS = 6
 """Processes that share a GPU: small models leave most of it idle, waiting for launches."""

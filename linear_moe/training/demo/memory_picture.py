@@ -10,9 +10,9 @@ import torch
 from rich.text import Text
 
 from linear_moe.data.text import DOCUMENT_START
+from linear_moe.models.extras import require
 from linear_moe.models.model import LanguageModel
 from linear_moe.training.demo.recall_report import COLOURS, new_figure
-from linear_moe.training.extras import require
 
 LINE_LENGTH = 80
 STYLES = tuple(

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from linear_moe.models.extras import require
 from linear_moe.training.demo.recall_study import DesignSummary, RecallResult, Study, StudySize, compared
-from linear_moe.training.extras import require
 
 COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3", "#937860")
 STILL_RISING = 0.02

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from linear_moe.training.extras import MissingExtraError, require
+from linear_moe.models.extras import MissingExtraError, require
 
 
 def test_what_is_there_is_imported() -> None:
