@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.layers.attention_state import AttentionState
-from linear_moe.layers.checks import check_input, check_state
+from linear_moe.layers.checks import check_input, check_length, check_state
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.packed_attention import attend_packed, flash_takes
 from linear_moe.layers.sequences import Sequences, describe_sequences
@@ -49,6 +49,8 @@ class SoftmaxAttention(nn.Module):
         head_dim: K, even; D / H unless given.
         window: tokens that a token sees, itself included; all before it if None. The cache then holds `window` tokens.
         rope_base: longest rotary wavelength over 2 pi.
+        max_length: tokens that a sequence may have, those in its state counted; a longer one is refused, on a GPU as far as
+            that is known without waiting. No limit if None.
         layer_index: which layer of the model this is, from 0.
         device: of the parameters.
         dtype: of the parameters.
@@ -66,6 +68,7 @@ class SoftmaxAttention(nn.Module):
         head_dim: int | None = None,
         window: int | None = None,
         rope_base: float = 10000.0,
+        max_length: int | None = None,
         layer_index: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,6 +89,8 @@ class SoftmaxAttention(nn.Module):
             raise ValueError(f"head_dim must be even (rotary turns pairs of channels) and at least 2, got {head_dim}")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, or None for no window, got {window}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, or None for no limit, got {max_length}")
         if rope_base <= 1:
             raise ValueError(f"rope_base must be above 1, got {rope_base}")
         self.hidden_size = hidden_size
@@ -94,6 +99,7 @@ class SoftmaxAttention(nn.Module):
         self.head_dim = head_dim
         self.window = window
         self.rope_base = rope_base
+        self.max_length = max_length
         self.layer_index = layer_index
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False, **factory)
@@ -133,6 +139,9 @@ class SoftmaxAttention(nn.Module):
         """
         sequences = describe_sequences(x, padding_mask, cu_seqlens)
         self._check(x, sequences, state)
+        lengths = None if padding_mask is None and cu_seqlens is None else sequences.lengths
+        seen = None if state is None else state.tokens_seen
+        check_length(self.max_length, self._owner, lengths, x.shape[1], seen)
         if x.shape[0] == 0 or x.shape[1] == 0:
             return torch.zeros_like(x)
         if padding_mask is not None:
@@ -272,8 +281,9 @@ class SoftmaxAttention(nn.Module):
 
     def extra_repr(self) -> str:
         window = "all" if self.window is None else str(self.window)
+        limit = "" if self.max_length is None else f"max_length={self.max_length}, "
         return (
             f"hidden_size={self.hidden_size}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, window={window}, rope_base={self.rope_base:g}, "
+            f"head_dim={self.head_dim}, window={window}, rope_base={self.rope_base:g}, {limit}"
             f"parameters={sum(parameter.numel() for parameter in self.parameters()):,}"
         )

@@ -227,6 +227,9 @@ class AttentionConfig(BaseModel):
     rope_base: Annotated[float, Field(gt=1)] = Field(
         default=10000.0, description="Longest rotary wavelength over 2 pi."
     )
+    max_length: PositiveInt | None = Field(
+        default=None, description="Tokens that a sequence may have; a longer one is refused. No limit unless given."
+    )
 
     def problems(self, hidden_size: int) -> Iterator[Problem]:
         """Options that don't go together; paths are below the mixer."""
@@ -250,6 +253,7 @@ class AttentionConfig(BaseModel):
             head_dim=self.head_dim,
             window=self.window,
             rope_base=self.rope_base,
+            max_length=self.max_length,
             layer_index=context.layer_index,
             device=context.device,
             dtype=context.dtype,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.layers.checks import check_length
 from linear_moe.layers.cross_entropy import summed_cross_entropy
 from linear_moe.layers.initialization import normal_init_
 from linear_moe.layers.mom import MoMLayer
@@ -184,6 +185,7 @@ class LanguageModel(nn.Module):
         sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if state is not None:
             self._check_state(state, sequences)
+        self._check_length(tokens, padding_mask, cu_seqlens, state)
         if padding_mask is not None:
             keep = padding_mask.to(tokens.device)
             x = self.embedding(torch.where(keep, tokens, 0))
@@ -246,6 +248,21 @@ class LanguageModel(nn.Module):
             if bool(outside.any()):
                 worst = int(real[outside][0])
                 raise ValueError(f"tokens must be in [0, vocab_size = {self.config.vocab_size}), got {worst}")
+
+    def _check_length(
+        self, tokens: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, state: ModelState | None
+    ) -> None:
+        """As `_check_state`: before any layer has gone on."""
+        lengths = None
+        if padding_mask is not None:
+            lengths = padding_mask.sum(1)
+        elif cu_seqlens is not None:
+            lengths = cu_seqlens.diff()
+        for index, block in enumerate(self.blocks):
+            limit = getattr(block.mixer, "max_length", None)
+            if limit is not None:
+                seen = None if state is None else state.tokens_seen
+                check_length(limit, f"the attention of layer {index}", lengths, tokens.shape[1], seen)
 
     def _check_state(self, state: ModelState, batch_size: int) -> None:
         """Before any layer is run: a state that is refused must not have been touched."""

@@ -259,6 +259,32 @@ def test_bad_input_is_named() -> None:
         layer.new_state(0)
 
 
+@torch.no_grad()
+def test_a_sequence_over_the_limit_is_refused() -> None:
+    layer = make(num_heads=2, max_length=5)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    message = (
+        "SoftmaxAttention 0 takes sequences of at most max_length = 5 tokens, got one of 6, those before this call"
+    )
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    # Pads are no tokens, and documents are counted one by one.
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 0] = False
+    assert layer(x, padding_mask=mask).shape == x.shape
+    assert layer(x[:1], cu_seqlens=torch.tensor([0, 1, 6])).shape == x[:1].shape
+    with pytest.raises(ValueError, match="got one of 6"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, 0, 6]))
+    state = layer.new_state(2)
+    layer(x[:, :4], state=state)
+    with pytest.raises(ValueError, match="got one of 6"):
+        layer(x[:, 4:], state=state)
+    assert state.tokens_seen.tolist() == [4, 4]
+    layer(x[:, 4:5], state=state)
+    with pytest.raises(ValueError, match="max_length must be at least 1, or None for no limit, got 0"):
+        make(num_heads=2, max_length=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("shape", [{"num_heads": 2}, {"num_heads": 4, "num_kv_heads": 2}])

@@ -252,3 +252,19 @@ def test_logits_and_loss_of_some_places(tied: bool) -> None:
     for wrong, of in (({"labels": labels}, "tokens"), ({"labels": labels[:2], "places": places}, "places")):
         with pytest.raises(ValueError, match=f"labels must be one for each of the {of}"):
             model(tokens, **wrong)
+
+
+@torch.no_grad()
+def test_a_text_over_an_attention_layers_limit_is_refused_before_any_layer_has_read_it() -> None:
+    model = make(HYBRID.replace("window: 3", "window: 3, max_length: 4")).eval()
+    index = next(i for i, block in enumerate(model.blocks) if getattr(block.mixer, "max_length", None) == 4)
+    message = f"the attention of layer {index} takes sequences of at most max_length = 4 tokens, got one of 5"
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 5, dtype=torch.int64))
+    state = model.new_state(1)
+    model(torch.zeros(1, 3, dtype=torch.int64), state=state)
+    before = state.clone()
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 2, dtype=torch.int64), state=state)
+    for layer, old in zip(state.layers, before.layers, strict=True):
+        assert all(torch.equal(x, old.tensors()[name]) for name, x in layer.tensors().items())
