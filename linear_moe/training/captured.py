@@ -65,11 +65,13 @@ class CapturedBackward:
         """The graph for batches of this shape; None if there can be none."""
         key = (*(None if x is None else x.numel() for x in _filled_up(scored)), scored.tokens.shape)
         if key not in self._graphs:
-            # A graph's inputs must not be what the oldest still reads.
+            # Before the capture, which then has the oldest one's memory.
             while len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             try:
                 self._graphs[key] = self._capture(scored)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(
