@@ -32,8 +32,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 part = hidden[start : start + rows].to(dtype)
-                wants = wants_hidden or wants_weight
-                loss, gradient = _losses(part @ matrix.mT, labels[start : start + rows], wants)
+                logits, label = part @ matrix.mT, labels[start : start + rows]
+                loss, gradient = _losses(logits, label, wants_hidden or wants_weight)
                 total += loss
                 if hidden_gradient is not None:
                     hidden_gradient[start : start + rows] = gradient @ matrix

@@ -253,16 +253,18 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None, state: ModelState | None
     ) -> None:
         """As `_check_state`: before any layer has gone on."""
+        limits = {index: getattr(block.mixer, "max_length", None) for index, block in enumerate(self.blocks)}
+        limits = {index: limit for index, limit in limits.items() if limit is not None}
+        if not limits:
+            return
         lengths = None
         if padding_mask is not None:
             lengths = padding_mask.sum(1)
         elif cu_seqlens is not None:
             lengths = cu_seqlens.diff()
-        for index, block in enumerate(self.blocks):
-            limit = getattr(block.mixer, "max_length", None)
-            if limit is not None:
-                seen = None if state is None else state.tokens_seen
-                check_length(limit, f"the attention of layer {index}", lengths, tokens.shape[1], seen)
+        seen = None if state is None else state.tokens_seen
+        for index, limit in limits.items():
+            check_length(limit, f"the attention of layer {index}", lengths, tokens.shape[1], seen)
 
     def _check_state(self, state: ModelState, batch_size: int) -> None:
         """Before any layer is run: a state that is refused must not have been touched."""
