@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -95,6 +96,16 @@ def seed_operator(kernels: ModuleType, bug: Mapping[str, str], folder: Path) -> 
     return _load(kernels, folder, change)
 
 
+@contextlib.contextmanager
+def over_the_budget() -> Iterator[None]:
+    """What is checked inside is to be over the error budget."""
+    # numpy, which the interpreter is, warns of numbers that a bug makes overflow, or that nothing was written over.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(AssertionError, match="over the error budget"):
+            yield
+
+
 def assert_caught(kernels: ModuleType, bug: Bug | None, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> None:
     """The error budget is exceeded by the kernels with the bug; without one the copy keeps it."""
     copy = seed(kernels, bug, folder)
@@ -103,8 +114,5 @@ def assert_caught(kernels: ModuleType, bug: Bug | None, case: Case, folder: Path
     if bug is None:
         check(case)
         return
-    # numpy, which the interpreter is, warns of numbers that a bug makes overflow.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with pytest.raises(AssertionError, match="over the error budget"):
-            check(case)
+    with over_the_budget():
+        check(case)
