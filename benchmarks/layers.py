@@ -3,7 +3,9 @@
     python benchmarks/layers.py --output benchmarks/results/layers.csv
 
 Gated DeltaNet at the widths of the paper's 380M model (D 1024, H 4, K = V = 256), bf16. `eager` is launched from Python call by
-call; `graph` is the same forward and backward replayed from a CUDA graph, which is what the GPU itself takes.
+call; `graph` is the same forward and backward replayed from a CUDA graph, which is what the GPU itself takes. With `--peer`, the
+layers of the same widths of flash-linear-attention are timed after ours in the same process (from Python: its mixture waits for
+the host, and can't be captured); that needs the package, and some minutes for its autotuning the first time.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class Case(NamedTuple):
     length: int
     skewed: bool = False
     """Whether every token goes to the same two memories."""
+    peer: bool = False
+    """Whether the layer is flash-linear-attention's."""
 
 
 CASES = (
@@ -45,12 +49,15 @@ CASES = (
     Case("4 memories, one long", 4, 1, 131072),
     Case("one memory", None, 8, 4096),
 )
+PEERS = (Case("4 memories, fla", 4, 8, 4096, peer=True), Case("one memory, fla", None, 8, 4096, peer=True))
 
 
 def build(case: Case) -> nn.Module:
     """The layer of a case, on the GPU in bfloat16."""
     torch.manual_seed(0)
     factory = {"device": "cuda", "dtype": torch.bfloat16}
+    if case.peer:
+        return FirstResult(peer(case)).to(**factory)
     if case.memories is None:
         return MemoryLayer(rule="gated_deltanet", **WIDTHS, **factory)
     layer = MoMLayer(rule="gated_deltanet", num_memories=case.memories, top_k=2, **WIDTHS, **factory)
@@ -58,6 +65,27 @@ def build(case: Case) -> nn.Module:
         # All scores alike: ties go to the lowest two.
         nn.init.zeros_(layer.router.weight)
     return layer
+
+
+def peer(case: Case) -> nn.Module:
+    """The same layer, of flash-linear-attention."""
+    from fla.layers import GatedDeltaNet, MomAttention
+
+    if case.memories is None:
+        return GatedDeltaNet(expand_v=1, **WIDTHS)
+    return MomAttention(expand_v=1, num_memories=case.memories, topk=2, shared_mem=True, layer_idx=0, **WIDTHS)
+
+
+class FirstResult(nn.Module):
+    """A layer without what it returns beside its output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)[0]
+        return output
 
 
 def median(function: Callable[[], object]) -> float:
@@ -114,7 +142,9 @@ def measure(case: Case, show: int) -> dict[str, object]:
     row["kernels_ms"] = round(sum(time for _, time in times), 3)
     for name, time in times[:show]:
         print(f"    {time:7.3f}  {name[:100]}")
-    row["graph_forward_ms"], row["graph_both_ms"] = (round(median(graphed(f)), 3) for f in (forward, both))
+    row["graph_forward_ms"], row["graph_both_ms"] = (
+        ("", "") if case.peer else (round(median(graphed(f)), 3) for f in (forward, both))
+    )
     return row
 
 
@@ -123,19 +153,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "layers.csv")
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)), help="by number")
     parser.add_argument("--show", type=int, default=0, help="kernels to list for each case")
+    parser.add_argument("--peer", action="store_true", help="flash-linear-attention's layers too")
     parser.add_argument("--compile-only", action="store_true", help="run each layer once")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("layers.py times layers on a GPU: it needs a CUDA device")
     shared = provenance()
     rows: list[dict[str, object]] = []
-    for index in arguments.cases:
+    for case in (*(CASES[index] for index in arguments.cases), *(PEERS if arguments.peer else ())):
         if arguments.compile_only:
-            layer, case = build(CASES[index]), CASES[index]
+            layer = build(case)
             x = torch.randn(case.batch, case.length, WIDTHS["hidden_size"], device="cuda", dtype=torch.bfloat16)
             layer(x.requires_grad_()).sum().backward()
             continue
-        rows.append(measure(CASES[index], arguments.show) | shared)
+        rows.append(measure(case, arguments.show) | shared)
         print(*(value for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
         write_rows(arguments.output, rows)
 
