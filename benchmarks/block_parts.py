@@ -3,22 +3,20 @@
     python benchmarks/block_parts.py
     python benchmarks/block_parts.py --tune
 
-As a training step under autocast has them: a float32 stream and float32 weights, all else in bfloat16. Columns and options are
-those of `mom_parts.py`. PyTorch's side of a norm has the casts that autocast makes of the normed tensor, once.
+As a training step under autocast has them: a float32 stream and float32 weights, all else in bfloat16. `parts.py` says how each
+is timed. PyTorch's side of a norm has the casts that autocast makes of the normed tensor, once.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-from mom_parts import Part, captured, launched, measure, table
+from parts import Grid, Part, fastest, main
 from torch import Tensor
 
 from linear_moe.kernels import block_parts, mixing, residual_norm, slot_sum, swiglu
@@ -119,7 +117,7 @@ def sum_parts(fan_out: int) -> list[Part]:
 def tuned() -> list[dict[str, object]]:
     """Every entry of small grids, fastest first within a part."""
     parts = {part.name: part for part in (*norm_parts(), *gated_parts(TOKENS, INNER), *sum_parts(4))}
-    grids: list[tuple[str, Any, list[Any]]] = [
+    grids: list[Grid] = [
         ("add and norm, forward", residual_norm, [residual_norm.LAUNCH._replace(forward=n) for n in (4, 8, 16, 32)]),
         ("add and norm, backward", residual_norm, [
             residual_norm.LAUNCH._replace(backward=n, rows=rows)
@@ -139,43 +137,14 @@ def tuned() -> list[dict[str, object]]:
             for numbers, each in itertools.product((1024, 2048, 4096), (8, 16, 32))
         ]),
     ]  # fmt: skip
-    rows = []
-    for name, module, values in grids:
-        times: list[tuple[float, object]] = []
-        for value in values:
-            with launched(module, value):
-                time = captured(parts[name].ours)
-            if time is not None:
-                times.append((time, value))
-        rows += [
-            {"part": name, "us": round(time, 1), "launch": value} for time, value in sorted(times, key=lambda x: x[0])
-        ]
-    return rows
+    return fastest(parts, grids)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="time a grid of launch parameters instead")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("block_parts.py times kernels on a GPU: it needs a CUDA device")
-    torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
-    if arguments.tune:
-        print(table(tuned()))
-        return
-    rows = []
-    for part in (
-        *norm_parts(),
-        *gated_parts(TOKENS, INNER),
-        *gated_parts(8 * TOKENS, 512),
-        *sum_parts(4),
-        *sum_parts(2),
-    ):
-        rows.append(measure(part, f"{TOKENS} tokens"))
-        print(*rows[-1].values(), sep="  ", flush=True)
-    print("\n" + table(rows))
+def parts() -> Iterator[tuple[Part, object]]:
+    """Everything that is timed, with its size."""
+    for step in (norm_parts(), gated_parts(TOKENS, INNER), gated_parts(8 * TOKENS, 512), sum_parts(4), sum_parts(2)):
+        yield from ((part, f"{TOKENS} tokens") for part in step)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, parts, tuned)

@@ -3,22 +3,19 @@
     python benchmarks/mom_parts.py
     python benchmarks/mom_parts.py --tune
 
-The kernels are first compared with PyTorch's numbers on the timed input. Each is timed twice: called as it is, where launching
-takes part and caches are cold, and as a captured graph, over and over, which is the GPU's own time with warm caches. The floor
-is the time to move each input and output once at 3.0 TB/s. `--tune` times a small grid of launch parameters, as graphs.
+The kernels are first compared with PyTorch's numbers on the timed input; `parts.py` says how each is timed. `--tune` times a
+small grid of launch parameters, as graphs.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import triton
+from parts import Grid, Part, fastest, main
 from torch import Tensor
 from torch.func import functional_call
 
@@ -28,7 +25,6 @@ from linear_moe.layers import routing
 from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.slots import scatter_slots
 
-FLOOR_BYTES_PER_S = 3.0e12
 HEADS, V, EPS = 4, 256, 1e-5
 
 
@@ -50,16 +46,6 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape(8, 4096, 3, 5), Shape(8, 4096, 3, 65))
-
-
-class Part(NamedTuple):
-    """Something timed."""
-
-    name: str
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
-    nbytes: int
-    """Of every input and output once."""
 
 
 def draw_memories(shape: Shape, skew: float) -> tuple[Tensor, Tensor]:
@@ -156,61 +142,10 @@ def combine_parts(shape: Shape) -> list[Part]:
     ]  # fmt: skip
 
 
-def called(function: Callable[[], object]) -> float:
-    """Microseconds of a call, launching included."""
-    value: float = triton.testing.do_bench(function, warmup=25, rep=200, return_mode="median")
-    return 1e3 * value
-
-
-def captured(function: Callable[[], object]) -> float | None:
-    """Microseconds as a captured graph; None for what can't be captured."""
-    try:
-        value: float = triton.testing.do_bench_cudagraph(function, rep=50, return_mode="median")
-    except RuntimeError as error:
-        print(f"not captured: {error}", file=sys.stderr)
-        return None
-    return 1e3 * value
-
-
-def table(rows: list[dict[str, object]]) -> str:
-    """The rows in Markdown."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows)])
-
-
-def measure(part: Part, shape: object) -> dict[str, object]:
-    """One line of the table."""
-    floor = 1e6 * part.nbytes / FLOOR_BYTES_PER_S
-    graph = captured(part.ours)
-    ours, theirs = called(part.ours), called(part.theirs)
-    return {
-        "shape": shape,
-        "part": part.name,
-        "MB moved": round(part.nbytes / 1e6, 2),
-        "floor us": round(floor, 1),
-        "graph us": "-" if graph is None else round(graph, 1),
-        "over the floor": "-" if graph is None else round(graph / floor, 2),
-        "call us": round(ours, 1),
-        "PyTorch us": round(theirs, 1),
-        "speed-up": f"{theirs / ours:.1f}x",
-    }
-
-
-@contextmanager
-def launched(module: Any, value: object) -> Iterator[None]:
-    """Other launch parameters of a module."""
-    before, module.LAUNCH = module.LAUNCH, value
-    try:
-        yield
-    finally:
-        module.LAUNCH = before
-
-
 def tuned(shape: Shape) -> list[dict[str, object]]:
     """Every entry of the grids, fastest first within a part."""
     parts = {part.name: part for part in (plan_part(shape, 0), *combine_parts(shape))}
-    grids: list[tuple[str, Any, list[Any]]] = [
+    grids: list[Grid] = [
         ("combine, forward", combine, [combine.LAUNCH._replace(forward=numbers) for numbers in (4, 8, 16)]),
         ("combine, backward", combine, [
             combine.LAUNCH._replace(backward=numbers, tokens=tokens)
@@ -221,38 +156,14 @@ def tuned(shape: Shape) -> list[dict[str, object]]:
             for block, columns, warps in itertools.product((128, 256, 512), (8, 16, 32), (4, 8))
         ]),
     ]  # fmt: skip
-    rows = []
-    for name, module, values in grids:
-        times: list[tuple[float, object]] = []
-        for value in values:
-            with launched(module, value):
-                time = captured(parts[name].ours)
-            if time is not None:
-                times.append((time, value))
-        rows += [
-            {"part": name, "us": round(time, 1), "launch": value} for time, value in sorted(times, key=lambda x: x[0])
-        ]
-    return rows
+    return fastest(parts, grids)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="time a grid of launch parameters instead")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
-    torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
-    if arguments.tune:
-        print(table(tuned(SHAPES[0])))
-        return
-    rows = []
+def parts() -> Iterator[tuple[Part, object]]:
+    """Everything that is timed, with its shape."""
     for shape in SHAPES:
-        for part in (plan_part(shape, 0), plan_part(shape, 10), *combine_parts(shape)):
-            rows.append(measure(part, shape))
-            print(*rows[-1].values(), sep="  ", flush=True)
-    print("\n" + table(rows))
+        yield from ((part, shape) for part in (plan_part(shape, 0), plan_part(shape, 10), *combine_parts(shape)))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, parts, lambda: tuned(SHAPES[0]))
