@@ -8,12 +8,15 @@ Inside a chunk that starts from state S_0, with G_t the sum of the log decays up
     u_t = v_t                                                                 without erase
     u_t = beta_t (v_t - (k_t * e^G_t)^T S_0 - sum_{j < t} <k_t, k_j>_{t,j} u_j)   with the delta erase
 
-Where looking at the decays is free, on a CPU, and e^-G stays in range, <q, k> is one product of q * e^G and k * e^-G.
+Where looking at the decays is free, on a CPU, and e^-G stays in range, <q, k> is one product of q * e^G and k * e^-G. A decay
+that is one number a token leaves k as it is instead: then v_t e^-G_t obeys the recurrence without decay, and e^G_t times what
+is read of it is right.
 Everywhere else no exponent is ever positive, so a decay of 1e-6 a token is as right as one of 1.
 
-With erase, u = (I + L)^-1 beta (v - k_in S_0), k_in_t = k_t * e^G_t and L the strictly lower triangle of beta <k, k>. Both
-products with the inverse are made for all chunks at once. What is left for the walk is to read a state with them and with q,
-one above the other in one matrix, and to write u to it: two products a step.
+With erase, u = T x with T = (I + L)^-1 Diag(beta), L the strictly lower triangle of beta <k, k>, x = v - k_in S_0 and
+k_in_t = k_t * e^G_t. So it is the form without erase that writes x instead of v, with T^T k for k and <q, k> T for <q, k>,
+which are made for all chunks at once. What is left for the walk is to read a state with k_in and with q, one above the other
+in one matrix, and to write x to it: two products a step.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from linear_moe.rules.base import Tokens
 from linear_moe.rules.looks import may_look
 from linear_moe.rules.segments import Chunks, PackedChunks, Segments, cut
 from linear_moe.rules.workspace import Workspace
+from linear_moe.static_tensors import static
 
 LONGEST_CHUNK = 64
 SHORTEST_CHUNK = 16
@@ -93,6 +97,11 @@ class _Fading(NamedTuple):
     carry: Tensor
     """`[1, K or 1]` e^G_C."""
 
+    @property
+    def one_a_token(self) -> bool:
+        """Not one a channel."""
+        return self.sums.shape[-1] == 1
+
     def of(self, matrices: slice) -> _Fading:
         """The same of some of the chunks."""
         to_start = None if self.to_start is None else self.to_start[matrices]
@@ -100,20 +109,16 @@ class _Fading(NamedTuple):
 
 
 class _Inside(NamedTuple):
-    """What a chunk needs of q, k and the decays, `[NC * H, ...]`."""
+    """What a chunk needs of q, k, the decays and the strengths, `[NC * H, ...]`."""
 
-    q_in: Tensor
-    """`[C, K]` q_t * e^G_t: reads what the chunk starts from."""
-    k_in: Tensor
-    """`[C, K]` k_t * e^G_t: erases from what the chunk starts from."""
+    rows: Tensor
+    """`[C, K]` q_in, what reads the state that the chunk starts from; with erase `[2 C, K]`, below k_in."""
     k_out: Tensor
-    """`[C, K]` k_j * e^(G_C - G_j): writes to what the chunk ends with."""
+    """`[C, K]` what writes to the state that the chunk ends with."""
     carry: Tensor | None
     """`[K or 1, 1]` e^G_C: what is left of the state; None without decay."""
     reads: Tensor
-    """`[C, C]` <q_t, k_j>, lower triangle."""
-    overlaps: Tensor | None
-    """`[C, C]` <k_t, k_j>, of which the lower triangle counts; None without erase."""
+    """`[C, C]` how token t reads what token j <= t writes."""
 
 
 class _Scan:
@@ -139,20 +144,24 @@ class _Scan:
         fading = self.fading and self.fading.of(matrices)
         if self.log_decay is not None:
             fading = self.fade(self.log_decay[steps])
-        q, k, v = self.q[steps], self.k[steps], _matrices(self.v[steps], None, work, "v")
-        spare = work("spare", *v.shape)
+        inside = self.inside(self.q[steps], self.k[steps], None if self.beta is None else self.beta[matrices], fading)
+        v, grown = self.v[steps], fading.to_start if fading is not None and fading.one_a_token else None
+        spare = work("spare", inside.rows.shape[0], length, v.shape[-1])
         if self.beta is None:
-            inside = self.inside(q, k, fading)
+            v = _matrices(v, grown, work, "v")
             starts, state = self.walk_adding(inside, v, state)
-            reads = torch.bmm(inside.q_in, starts, out=spare).baddbmm_(
+            reads = torch.bmm(inside.rows, starts, out=spare).baddbmm_(
                 inside.reads, v, beta=self.scale, alpha=self.scale
             )
             return reads if place is None else place.copy_(reads.view(place.shape)), state
-        # Above what reads there is room for what erases.
-        rows = work("rows", v.shape[0], 2 * length, state.shape[1])
-        inside = self.inside(q, k, fading, rows)
-        walked, state = self.walk_erasing(inside, v, self.beta[matrices], state, rows)
-        reads, unread = torch.bmm(inside.reads, walked[:, :length], out=spare), walked[:, length:]
+        made = work("made", inside.rows.shape[0], 2 * length, v.shape[-1])
+        if made is None:
+            made = F.pad(_matrices(v, grown), (0, 0, 0, length))
+        else:
+            _fill(made[:, :length], v, grown)
+            made[:, length:].zero_()
+        made, state = self.walk_erasing(inside, made, state)
+        reads, unread = torch.bmm(inside.reads, made[:, :length], out=spare), made[:, length:]
         if place is not None:
             reads, unread = reads.view(place.shape), unread.view(place.shape)
         return torch.sub(reads, unread, out=place), state
@@ -182,43 +191,54 @@ class _Scan:
             to_start = (-sums).exp().to(dtype) if room is None else torch.reciprocal(from_start, out=room)
         return _Fading(sums, from_start, to_start, from_start[:, -1:])
 
-    def inside(self, q: Tensor, k: Tensor, fading: _Fading | None, rows: Tensor | None = None) -> _Inside:
-        """What the module's equations take from within each chunk; with erase scaled and q_in in the lower half of `rows`."""
-        work, length, erases = self.work, self.chunks.length, self.beta is not None
-        # e^G can be taken to the rows and e^-G to the columns of a product.
+    def inside(self, q: Tensor, k: Tensor, beta: Tensor | None, fading: _Fading | None) -> _Inside:
+        """What the module's equations take from within each chunk; with erase q is scaled."""
+        work, length = self.work, self.chunks.length
+        # e^G can be taken to what reads and e^-G to what is written: to the values where it is one number a token, else to k.
         apart = fading is not None and fading.to_start is not None
-        faded, grown = (fading.from_start, fading.to_start) if fading is not None and apart else (None, None)
-        columns = _matrices(k, grown, work, "columns")
-        if erases:
-            scaled = self.scale if faded is None else faded * self.scale
-            q_in = _matrices(q, scaled) if rows is None else _fill(rows[:, length:], q, scaled)
+        faded, grown, faded_k = fading.from_start if fading is not None and apart else None, None, None
+        if fading is not None and apart and not fading.one_a_token:
+            grown, faded_k = fading.to_start, faded
+        if beta is None:
+            rows = _matrices(q, faded, work, "rows")
         else:
-            q_in = _matrices(q, faded, work, "q_in")
-        if fading is None:
-            overlaps = (
-                torch.bmm(columns, columns.mT, out=work("overlaps", *columns.shape[:2], length)) if erases else None
-            )
-            return _Inside(q_in, columns, columns, None, lower_products(q_in, columns, work), overlaps)
-        carry = fading.carry.mT
-        if apart:
-            reads = lower_products(q_in, columns, work)
-            k_in, overlaps = columns, None
-            if erases:
-                k_in = _matrices(k, faded, work, "k_in")
-                overlaps = torch.bmm(k_in, columns.mT, out=work("overlaps", *columns.shape[:2], length))
-            k_out = torch.mul(columns, fading.carry, out=columns if work.reused else None)
-            return _Inside(q_in, k_in, k_out, carry, reads, overlaps)
-        sums = fading.sums
-        both = torch.stack((q_in, columns), 1) if erases else q_in[:, None]
-        if sums.shape[-1] == 1:
-            products = (both @ columns.mT[:, None]) * pair_decays(sums).to(columns.dtype)[:, None]
+            rows = self.rows(k, faded_k, q, self.scale if faded is None else faded * self.scale)
+        own = beta is None or grown is not None
+        columns = _matrices(k, grown, work, "columns") if own else rows[:, :length]
+        k_room = work.over(columns) if own else work("k_out", *columns.shape)
+        products = work("products", *rows.shape[:2], length)
+        if fading is None or apart:
+            products = torch.bmm(rows, columns.mT, out=products)
+            reads = earlier(products[:, -length:], work)
+            k_out = columns if fading is None else torch.mul(columns, fading.carry, out=k_room)
         else:
-            products = decayed_products(both, columns[:, None], sums[:, None])
-        q_in = torch.mul(q_in, fading.from_start, out=q_in if work.reused else None)
-        k_in = columns * fading.from_start if erases else columns
-        to_end = (sums[:, -1:] - sums).exp().to(columns.dtype)
-        k_out = torch.mul(columns, to_end, out=columns if work.reused else None)
-        return _Inside(q_in, k_in, k_out, carry, products[:, 0], products[:, 1] if erases else None)
+            sums, both = fading.sums, rows.unflatten(1, (-1, length))
+            if fading.one_a_token:
+                products = torch.bmm(rows, columns.mT, out=products).unflatten(1, (-1, length))
+                products = products * pair_decays(sums).to(rows.dtype)[:, None]
+            else:
+                products = decayed_products(both, columns[:, None], sums[:, None])
+            products = products.flatten(1, 2)
+            reads = products[:, -length:]
+            k_out = torch.mul(columns, (sums[:, -1:] - sums).exp().to(rows.dtype), out=k_room)
+            rows = torch.mul(both, fading.from_start[:, None], out=work.over(both)).flatten(1, 2)
+        if beta is not None:
+            overlaps = torch.mul(products[:, :length], beta, out=work("overlaps", *reads.shape))
+            inverse = _unit_lower_inverse(overlaps, work)
+            inverse = torch.mul(inverse, beta.mT, out=work.over(inverse))
+            k_out = torch.bmm(inverse.mT, k_out, out=work("k_erased", *k_out.shape))
+            reads = torch.bmm(reads, inverse, out=work("reads", *reads.shape))
+        return _Inside(rows, k_out, None if fading is None else fading.carry.mT, reads)
+
+    def rows(self, k: Tensor, k_factor: Tensor | None, q: Tensor, q_factor: Tensor | float) -> Tensor:
+        """Of every chunk k above q, each times its factor."""
+        length = self.chunks.length
+        room = self.work("rows", k.shape[:-2].numel(), 2 * length, k.shape[-1])
+        if room is None:
+            return torch.cat((_matrices(k, k_factor), _matrices(q, q_factor)), 1)
+        _fill(room[:, :length], k, k_factor)
+        _fill(room[:, length:], q, q_factor)
+        return room
 
     def walk_adding(self, inside: _Inside, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """States at the start of every chunk `[NC * H, K, V]` and after the last, without erase."""
@@ -240,37 +260,21 @@ class _Scan:
             state = chunks.where_reached(step, new, state)
         return chunks.by_chunk(starts), state
 
-    def walk_erasing(
-        self, inside: _Inside, v: Tensor, beta: Tensor, state: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What every chunk writes, above minus what its queries read from its start, `[NC * H, 2 C, V]`; the last state."""
-        chunks, work, length = self.chunks, self.work, self.chunks.length
-        assert inside.overlaps is not None
-        # The inverse and two products are measured at half the time of solving for both terms: K + V columns are more than C.
-        overlaps = torch.mul(inside.overlaps, beta, out=inside.overlaps if work.reused else None)
-        inverse = _unit_lower_inverse(overlaps, work)
-        inverse = torch.mul(inverse, beta.mT, out=inverse if work.reused else None)
-        if rows is not None:
-            written = work("written", v.shape[0], 2 * length, v.shape[2])
-            assert written is not None
-            # A copy each: a product is fast only where it is contiguous.
-            erasing = torch.bmm(inverse, inside.k_in, out=work("spare", *inside.k_in.shape))
-            rows[:, :length].copy_(erasing)
-            fresh = torch.bmm(inverse, v, out=work("spare", *v.shape))
-            written[:, :length].copy_(fresh)
-            written[:, length:].zero_()
+    def walk_erasing(self, inside: _Inside, made: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`made` minus what the rows read from the start of every chunk, `[NC * H, 2 C, V]`; the last state."""
+        chunks, length = self.chunks, self.chunks.length
+        if self.work.reused:
             if self.walked is None:
                 # The same in every part, all being in the workspace; the last part may have fewer steps.
-                self.walked = [chunks.by_step(x) for x in (rows, written, written[:, :length], inside.k_out.mT)]
+                self.walked = [chunks.by_step(x) for x in (inside.rows, made, made[:, :length], inside.k_out.mT)]
             steps = zip(*self.walked, self.carries(inside), strict=False)
-            for row, made, above, k_out, carry in itertools.islice(steps, v.shape[0] // state.shape[0]):
-                made.baddbmm_(row, state, alpha=-1)
+            for row, less, written, k_out, carry in itertools.islice(steps, made.shape[0] // state.shape[0]):
+                less.baddbmm_(row, state, alpha=-1)
                 kept = state if carry is None else state.mul_(carry)
-                state = kept.baddbmm_(k_out, above)
-            return written, state
-        rows = torch.cat((torch.bmm(inverse, inside.k_in), inside.q_in), 1)
-        fresh, done = F.pad(torch.bmm(inverse, v), (0, 0, 0, length)), []
-        recorded = (chunks.by_step(x) for x in (rows, fresh, inside.k_out.mT))
+                state = kept.baddbmm_(k_out, written)
+            return made, state
+        done = []
+        recorded = (chunks.by_step(x) for x in (inside.rows, made, inside.k_out.mT))
         for step, (row, more, k_out, carry) in enumerate(zip(*recorded, self.carries(inside), strict=False)):
             done.append(torch.baddbmm(more, row, state, alpha=-1))
             kept = state if carry is None else carry * state
@@ -306,9 +310,9 @@ def _lowest(sums: Tensor) -> float:
     return float(sums[:, -1:].detach().amin()) if may_look(sums.device) else -torch.inf
 
 
-def lower_products(rows: Tensor, columns: Tensor, work: Workspace) -> Tensor:
-    """<rows_t, columns_j> for j <= t, else 0: `[n, C, K]` twice to `[n, C, C]`."""
-    return torch.bmm(rows, columns.mT, out=work("lower_products", *rows.shape[:2], columns.shape[1])).tril_()
+def earlier(pairs: Tensor, work: Workspace) -> Tensor:
+    """Of the pairs (t, j) `[n, C, C]` those of j <= t, else 0."""
+    return torch.tril(pairs, out=work.over(pairs))
 
 
 def pair_decays(decays: Tensor) -> Tensor:
@@ -360,12 +364,18 @@ def _safe_width(decays: Tensor) -> int:
 
 def _unit_lower_inverse(lower: Tensor, work: Workspace) -> Tensor:
     """(I + L)^-1, L the strictly lower triangle of `lower` `[n, C, C]`."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    ones = identity(lower.shape[-1], lower.dtype, lower.device).expand_as(lower)
     room = work("inverse", *lower.shape)
     # Either side, of it or its transpose, gives the inverse. These are the fastest with MKL, 0.45 of the time of the slowest.
     if room is None:
-        return torch.linalg.solve_triangular(lower, identity, upper=False, left=False, unitriangular=True)
-    return torch.linalg.solve_triangular(lower.mT, identity, upper=True, unitriangular=True, out=room).mT
+        return torch.linalg.solve_triangular(lower, ones, upper=False, left=False, unitriangular=True)
+    return torch.linalg.solve_triangular(lower.mT, ones, upper=True, unitriangular=True, out=room).mT
+
+
+@static
+def identity(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """I `[length, length]`."""
+    return torch.eye(length, dtype=dtype, device=device)
 
 
 def _chunk_length(form: Recurrence, tokens: Tokens, segments: Segments) -> int:

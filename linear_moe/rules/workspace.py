@@ -36,6 +36,10 @@ class Workspace:
             room = self._rooms[key] = self._take(torch.Size(shape))
         return room if room.shape[0] == shape[0] else room[: shape[0]]
 
+    def over(self, x: Tensor) -> Tensor | None:
+        """`x`, to be written over by what is made of it; None where a backward pass may need it."""
+        return x if self.reused else None
+
     def _take(self, shape: torch.Size) -> Tensor:
         start, stop = self._used, self._used + shape.numel()
         if stop > self._block.numel():

@@ -18,7 +18,6 @@ from linear_moe.rules import Tokens
 from linear_moe.rules import chunked as chunked_module
 from linear_moe.rules import scan as scan_module
 from linear_moe.rules.segments import Segments
-from linear_moe.rules.workspace import Workspace
 from linear_moe.testing import RULE_LAWS, Case, LawBroken
 
 Result = tuple[Tensor, Tensor]
@@ -127,11 +126,7 @@ def _saturating(right: Chunked, form: Recurrence, tokens: Tokens, *rest: Any) ->
 
 def _no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """<q_t, k_j> for later j too."""
-
-    def unmasked(rows: Tensor, columns: Tensor, work: Workspace) -> Tensor:
-        return torch.bmm(rows, columns.mT)
-
-    monkeypatch.setattr(chunked_module, "lower_products", unmasked)
+    monkeypatch.setattr(chunked_module, "earlier", lambda pairs, work: pairs)
 
 
 def _reverse_mask(monkeypatch: pytest.MonkeyPatch) -> None:
