@@ -69,8 +69,8 @@ def chunked(
     Returns:
         The reads `[S, H, V]` and the final state `[N, H, K, V]`.
     """
-    chunks = cut(segments, _chunk_length(form, tokens, segments), tokens.v.shape[1])
     reuses = segments.dense and not torch.is_grad_enabled()
+    chunks = cut(segments, _chunk_length(form, tokens, segments, recorded=not reuses), tokens.v.shape[1])
     work = Workspace(tokens.v, TENSORS_A_PART * min(NUMBERS_A_PART, tokens.v.numel()) if reuses else None)
     scan = _Scan(form, tokens, chunks, work, scale)
     state = initial_state.flatten(0, 1)
@@ -378,17 +378,22 @@ def identity(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(length, dtype=dtype, device=device)
 
 
-def _chunk_length(form: Recurrence, tokens: Tokens, segments: Segments) -> int:
+def _chunk_length(form: Recurrence, tokens: Tokens, segments: Segments, *, recorded: bool) -> int:
     """A power of two near the mean segment, no longer than the longest segment needs or than pays.
 
     On a CPU arithmetic is what costs: a token pays in proportion to C for its chunk and to K for the state, so C = K is
-    measured best; K / 2 with erase, which has three more products and an inverse in a chunk, and with a decay a channel,
-    which is faster the less it fades within a chunk. On a GPU the steps of the walk are what costs.
+    measured best; K / 2 with a decay a channel, which is faster the less it fades within a chunk; K / 4 with erase, which has
+    two more products and an inverse in a chunk, but K / 2 where a step of the walk costs more, as it is recorded or gathered.
+    On a GPU the steps of the walk are what costs.
     """
     longest = LONGEST_CHUNK
     if tokens.k.device.type == "cpu":
-        costly = form.erase is Erase.DELTA or form.decay is Decay.VECTOR
-        longest = min(longest, tokens.k.shape[-1] // (2 if costly else 1))
+        share = 1
+        if form.erase is Erase.DELTA:
+            share = 2 if recorded else 4
+        elif form.decay is Decay.VECTOR:
+            share = 2
+        longest = min(longest, tokens.k.shape[-1] // share)
     mean = -(-segments.num_tokens // max(segments.count, 1))
     wanted = min(max(min(mean, longest), SHORTEST_CHUNK), max(segments.max_length, 1))
     return 1 << (wanted - 1).bit_length()
