@@ -10,7 +10,7 @@ Inside a chunk that starts from state S_0, with G_t the sum of the log decays up
 
 Where looking at the decays is free, on a CPU, and e^-G stays in range, <q, k> is one product of q * e^G and k * e^-G. A decay
 that is one number a token leaves k as it is instead: then v_t e^-G_t obeys the recurrence without decay, and e^G_t times what
-is read of it is right.
+is read of it is right. With erase it may so go on through a run of chunks, after which the state fades once.
 Everywhere else no exponent is ever positive, so a decay of 1e-6 a token is as right as one of 1.
 
 With erase, u = T x with T = (I + L)^-1 Diag(beta), L the strictly lower triangle of beta <k, k>, x = v - k_in S_0 and
@@ -32,7 +32,7 @@ from torch import Tensor
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.looks import may_look
-from linear_moe.rules.segments import Chunks, PackedChunks, Segments, cut
+from linear_moe.rules.segments import Chunks, DenseChunks, Segments, cut
 from linear_moe.rules.workspace import Workspace
 from linear_moe.static_tensors import static
 
@@ -72,21 +72,22 @@ def chunked(
     reuses = segments.dense and not torch.is_grad_enabled()
     chunks = cut(segments, _chunk_length(form, tokens, segments, recorded=not reuses), tokens.v.shape[1])
     work = Workspace(tokens.v, TENSORS_A_PART * min(NUMBERS_A_PART, tokens.v.numel()) if reuses else None)
-    scan = _Scan(form, tokens, chunks, work, scale)
     state = initial_state.flatten(0, 1)
-    if isinstance(chunks, PackedChunks) or not work.reused:
-        reads, state = scan.run(slice(None), slice(None), state)
+    if not (reuses and isinstance(chunks, DenseChunks)):
+        reads, state = _Scan(form, tokens, chunks, work, scale).run(slice(None), slice(None), state)
         return chunks.merge(reads), state.view_as(initial_state)
+    runs = chunks.parts(NUMBERS_A_PART // tokens.v[0].numel())
+    scan = _Scan(form, tokens, chunks, work, scale, steps_a_run=runs[0][0].stop)
     # The walk writes into the state that it is given, and may leave the last one in the workspace.
     state, output = state.clone(), chunks.room(tokens.v)
     places = chunks.split(output)
-    for steps, matrices in chunks.parts(NUMBERS_A_PART // tokens.v[0].numel()):
+    for steps, matrices in runs:
         _, state = scan.run(steps, matrices, state, places[steps])
     return chunks.taken(output), state.clone().view_as(initial_state)
 
 
 class _Fading(NamedTuple):
-    """What the decays leave within each chunk, `[NC * H, ...]`."""
+    """What the decays leave within each chunk, or within each run of them, `[NC * H, ...]`."""
 
     sums: Tensor
     """`[C, K or 1]` G, in float32 where that is enough."""
@@ -94,8 +95,8 @@ class _Fading(NamedTuple):
     """`[C, K or 1]` e^G."""
     to_start: Tensor | None
     """`[C, K or 1]` e^-G; None where it may be out of range."""
-    carry: Tensor
-    """`[1, K or 1]` e^G_C."""
+    carry: Tensor | None
+    """`[1, K or 1]` e^G_C; None where G goes on through a run, after which the state fades, and not between its chunks."""
 
     @property
     def one_a_token(self) -> bool:
@@ -105,7 +106,8 @@ class _Fading(NamedTuple):
     def of(self, matrices: slice) -> _Fading:
         """The same of some of the chunks."""
         to_start = None if self.to_start is None else self.to_start[matrices]
-        return _Fading(self.sums[matrices], self.from_start[matrices], to_start, self.carry[matrices])
+        carry = None if self.carry is None else self.carry[matrices]
+        return _Fading(self.sums[matrices], self.from_start[matrices], to_start, carry)
 
 
 class _Inside(NamedTuple):
@@ -122,10 +124,12 @@ class _Inside(NamedTuple):
 
 
 class _Scan:
-    """One call of `chunked`: its tokens cut into chunks, and the decays and strengths that all of its parts share."""
+    """One call of `chunked`: its tokens cut into chunks, and the decays and strengths that all of its runs share."""
 
-    def __init__(self, form: Recurrence, tokens: Tokens, chunks: Chunks, work: Workspace, scale: float) -> None:
-        self.chunks, self.work, self.scale = chunks, work, scale
+    def __init__(
+        self, form: Recurrence, tokens: Tokens, chunks: Chunks, work: Workspace, scale: float, steps_a_run: int = 1
+    ) -> None:
+        self.chunks, self.work, self.scale, self.steps_a_run = chunks, work, scale, steps_a_run
         self.q, self.k, self.v = (chunks.split(x) for x in (tokens.q, tokens.k, tokens.v))
         self.log_decay = None if tokens.log_decay is None else chunks.split(tokens.log_decay)
         self.beta = None if tokens.beta is None else _matrices(chunks.split(tokens.beta[..., None]))
@@ -161,6 +165,8 @@ class _Scan:
             _fill(made[:, :length], v, grown)
             made[:, length:].zero_()
         made, state = self.walk_erasing(inside, made, state)
+        if fading is not None and fading.carry is None:
+            state = state * fading.from_start[-state.shape[0] :, -1:]
         reads, unread = torch.bmm(inside.reads, made[:, :length], out=spare), made[:, length:]
         if place is not None:
             reads, unread = reads.view(place.shape), unread.view(place.shape)
@@ -183,13 +189,26 @@ class _Scan:
         if sums is None or lowest is None or lowest <= -MILD_EXPONENT:
             sums = log_decay.cumsum(-2, dtype=torch.float64)
             lowest = _lowest(sums)
+        goes_on = False
+        # Without erase a step is one call with a decay too.
+        if shape[-1] == 1 and self.beta is not None and self.steps_a_run > 1:
+            longer = self.through_runs(sums)
+            goes_on = _lowest(longer) > -SAFE_EXPONENT
+            sums = longer if goes_on else sums
         from_start = torch.exp(sums, out=work("from_start", *shape)).to(dtype)
         to_start = None
         if lowest > -SAFE_EXPONENT:
             # A reciprocal is cheaper, but its gradient takes its square, which is out of range.
             room = work("to_start", *shape)
             to_start = (-sums).exp().to(dtype) if room is None else torch.reciprocal(from_start, out=room)
-        return _Fading(sums, from_start, to_start, from_start[:, -1:])
+        return _Fading(sums, from_start, to_start, None if goes_on else from_start[:, -1:])
+
+    def through_runs(self, sums: Tensor) -> Tensor:
+        """G of every chunk `[NC * H, C, 1]` as from the start of its run."""
+        totals = torch.stack(self.chunks.by_step(sums[:, -1:]))
+        before = totals.cumsum(0) - totals
+        at_start = before[:: self.steps_a_run].repeat_interleave(self.steps_a_run, 0)[: len(totals)]
+        return sums + (before - at_start).flatten(0, 1)
 
     def inside(self, q: Tensor, k: Tensor, beta: Tensor | None, fading: _Fading | None) -> _Inside:
         """What the module's equations take from within each chunk; with erase q is scaled."""
@@ -210,7 +229,7 @@ class _Scan:
         if fading is None or apart:
             products = torch.bmm(rows, columns.mT, out=products)
             reads = earlier(products[:, -length:], work)
-            k_out = columns if fading is None else torch.mul(columns, fading.carry, out=k_room)
+            k_out = columns if fading is None or fading.carry is None else torch.mul(columns, fading.carry, out=k_room)
         else:
             sums, both = fading.sums, rows.unflatten(1, (-1, length))
             if fading.one_a_token:
@@ -228,7 +247,7 @@ class _Scan:
             inverse = torch.mul(inverse, beta.mT, out=work.over(inverse))
             k_out = torch.bmm(inverse.mT, k_out, out=work("k_erased", *k_out.shape))
             reads = torch.bmm(reads, inverse, out=work("reads", *reads.shape))
-        return _Inside(rows, k_out, None if fading is None else fading.carry.mT, reads)
+        return _Inside(rows, k_out, None if fading is None or fading.carry is None else fading.carry.mT, reads)
 
     def rows(self, k: Tensor, k_factor: Tensor | None, q: Tensor, q_factor: Tensor | float) -> Tensor:
         """Of every chunk k above q, each times its factor."""

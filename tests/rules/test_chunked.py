@@ -140,6 +140,24 @@ def test_parts_that_share_a_workspace_change_no_result(
 
 
 @every_form
+@pytest.mark.parametrize("decay", DECAYS_A_TOKEN)
+@pytest.mark.parametrize("length", [70, 170])
+@pytest.mark.parametrize("numbers", [3 * 2 * CHUNK * HEADS * V, 2**17], ids=["runs", "one run"])
+@pytest.mark.usefixtures("looking")
+def test_is_the_recurrence_at_every_decay_where_nothing_is_recorded(
+    form: Recurrence, decay: float, length: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decays that stay in range through a run, that end close to where it does (0.5 a token, 170 tokens), and that leave it."""
+    tokens, state = draw(form, 2, length, decay=decay, dtype=torch.float32), state_of(2, torch.float32)
+    monkeypatch.setattr(module, "NUMBERS_A_PART", numbers)
+    with torch.no_grad():
+        got = run(form, tokens, state)
+        doubles = tokens._replace(**{name: x.double() for name, x in tokens._asdict().items() if isinstance(x, Tensor)})
+        expected = run(form, doubles, state.double(), "recurrent")
+    assert_same(RuleOutput(*(x.double() for x in got if x is not None)), expected, 2e-4)
+
+
+@every_form
 @pytest.mark.usefixtures("looking")
 def test_square_states_share_a_workspace(form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is K wide and what is V wide has one shape."""
