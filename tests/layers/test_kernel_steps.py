@@ -11,12 +11,23 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer
+from linear_moe.kernels import combine, decode_tokens, residual_norm, router, slot_conv
+from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer, routing
 from linear_moe.testing.budget import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
 MIXTURE = {"num_memories": 3, "top_k": 2}
+
+
+def test_layers_and_kernels_know_the_same_limits() -> None:
+    """Layers say theirs without Triton, which only Linux has."""
+    assert kernel_steps.LARGEST_CONV_WIDTH == slot_conv.LARGEST_WIDTH == decode_tokens.LARGEST_WIDTH
+    assert (
+        kernel_steps.LARGEST_HEAD == slot_conv.LARGEST_HEAD == decode_tokens.LARGEST_HEAD == combine.LARGEST_VALUE_DIM
+    )
+    assert kernel_steps.LARGEST_NORM == residual_norm.LARGEST_WIDTH
+    assert routing.LARGEST_KERNEL_CHOICES == router.LARGEST_CHOICES
 
 
 def build(rule: str, dtype: torch.dtype, *, impl: str, memory: bool = False, **options: Any) -> nn.Module:
