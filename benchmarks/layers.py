@@ -3,9 +3,9 @@
     python benchmarks/layers.py --output benchmarks/results/layers.csv
 
 Gated DeltaNet at the widths of the paper's 380M model (D 1024, H 4, K = V = 256), bf16. `eager` is launched from Python call by
-call; `graph` is the same forward and backward replayed from a CUDA graph, which is what the GPU itself takes. With `--peer`, the
-layers of the same widths of flash-linear-attention are timed after ours in the same process (from Python: its mixture waits for
-the host, and can't be captured); that needs the package, and some minutes for its autotuning the first time.
+call; `graph` is the same forward and backward replayed from a CUDA graph, which is what the GPU itself takes. With `--peer`,
+flash-linear-attention's layers of the same widths are timed after ours in the same process (from Python: its mixture waits
+for the host, and can't be captured); that needs the package, and some minutes for its autotuning the first time.
 """
 
 from __future__ import annotations
