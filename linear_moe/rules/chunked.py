@@ -73,9 +73,10 @@ def chunked(
     chunks = cut(segments, _chunk_length(form, tokens, segments, recorded=not reuses), tokens.v.shape[1])
     work = Workspace(tokens.v, TENSORS_A_PART * min(NUMBERS_A_PART, tokens.v.numel()) if reuses else None)
     state = initial_state.flatten(0, 1)
-    if not (reuses and isinstance(chunks, DenseChunks)):
+    if not reuses:
         reads, state = _Scan(form, tokens, chunks, work, scale).run(slice(None), slice(None), state)
         return chunks.merge(reads), state.view_as(initial_state)
+    assert isinstance(chunks, DenseChunks)
     runs = chunks.parts(NUMBERS_A_PART // tokens.v[0].numel())
     scan = _Scan(form, tokens, chunks, work, scale, steps_a_run=runs[0][0].stop)
     # The walk writes into the state that it is given, and may leave the last one in the workspace.
@@ -189,15 +190,15 @@ class _Scan:
         if sums is None or lowest is None or lowest <= -MILD_EXPONENT:
             sums = log_decay.cumsum(-2, dtype=torch.float64)
             lowest = _lowest(sums)
-        goes_on = False
-        # Without erase a step is one call with a decay too.
-        if shape[-1] == 1 and self.beta is not None and self.steps_a_run > 1:
+        goes_on, in_range = False, lowest > -SAFE_EXPONENT
+        # Without erase a step is one call with a decay too. What leaves the range in a chunk leaves it in a run.
+        if in_range and shape[-1] == 1 and self.beta is not None and self.steps_a_run > 1:
             longer = self.through_runs(sums)
             goes_on = _lowest(longer) > -SAFE_EXPONENT
             sums = longer if goes_on else sums
         from_start = torch.exp(sums, out=work("from_start", *shape)).to(dtype)
         to_start = None
-        if lowest > -SAFE_EXPONENT:
+        if in_range:
             # A reciprocal is cheaper, but its gradient takes its square, which is out of range.
             room = work("to_start", *shape)
             to_start = (-sums).exp().to(dtype) if room is None else torch.reciprocal(from_start, out=room)
@@ -214,10 +215,11 @@ class _Scan:
         """What the module's equations take from within each chunk; with erase q is scaled."""
         work, length = self.work, self.chunks.length
         # e^G can be taken to what reads and e^-G to what is written: to the values where it is one number a token, else to k.
-        apart = fading is not None and fading.to_start is not None
-        faded, grown, faded_k = fading.from_start if fading is not None and apart else None, None, None
-        if fading is not None and apart and not fading.one_a_token:
-            grown, faded_k = fading.to_start, faded
+        faded = grown = faded_k = None
+        if fading is not None and fading.to_start is not None:
+            faded = fading.from_start
+            if not fading.one_a_token:
+                grown, faded_k = fading.to_start, faded
         if beta is None:
             rows = _matrices(q, faded, work, "rows")
         else:
@@ -226,7 +228,7 @@ class _Scan:
         columns = _matrices(k, grown, work, "columns") if own else rows[:, :length]
         k_room = work.over(columns) if own else work("k_out", *columns.shape)
         products = work("products", *rows.shape[:2], length)
-        if fading is None or apart:
+        if fading is None or fading.to_start is not None:
             products = torch.bmm(rows, columns.mT, out=products)
             reads = earlier(products[:, -length:], work)
             k_out = columns if fading is None or fading.carry is None else torch.mul(columns, fading.carry, out=k_room)
