@@ -140,11 +140,11 @@ def tuned() -> list[dict[str, object]]:
     return fastest(parts, grids)
 
 
-def parts() -> Iterator[tuple[Part, object]]:
+def timed() -> Iterator[tuple[Part, object]]:
     """Everything that is timed, with its size."""
     for step in (norm_parts(), gated_parts(TOKENS, INNER), gated_parts(8 * TOKENS, 512), sum_parts(4), sum_parts(2)):
         yield from ((part, f"{TOKENS} tokens") for part in step)
 
 
 if __name__ == "__main__":
-    main(__doc__, parts, tuned)
+    main(__doc__, timed, tuned)

@@ -11,7 +11,6 @@ which 3.0 TB/s move what must be moved: forward the rows of x and the output, ba
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from measuring import provenance, write_rows
 from torch import Tensor
 
 from linear_moe.kernels.slot_conv_columns import column_convs
@@ -181,11 +181,8 @@ def main() -> None:
         rows.append(row(case))
         print(*(f"{name} {value}" for name, value in rows[-1].items()), sep="  ", flush=True)
     if arguments.output and rows:
-        shared = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*rows[0], *shared])
-            writer.writeheader()
-            writer.writerows(r | shared for r in rows)
+        shared = provenance()
+        write_rows(arguments.output, [each | shared for each in rows])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ the gates; forward and backward these, their gradients, and q, k, v and the gate
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
+from measuring import provenance, write_rows
 from rich.progress import track
 from torch import Tensor
 
@@ -312,24 +311,12 @@ def main() -> None:
         prepare(jobs, arguments.prepare, not arguments.no_peer)
     torch.manual_seed(0)
     speed = copy_speed()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    shared = {
-        "gpu": torch.cuda.get_device_name(), "copy_TB_per_s": round(speed / 1e12, 2), "torch": torch.__version__,
-        "triton": triton.__version__, "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
-    }  # fmt: skip
+    shared = {"copy_TB_per_s": round(speed / 1e12, 2), **provenance()}
     rows: list[dict[str, object]] = []
     for rule, shape in jobs:
         rows.append(row(rule, shape, speed, not arguments.no_peer) | shared)
         print(*(value for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        names = list(dict.fromkeys(name for r in rows for name in r))
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.output, rows)
     print(table(rows))
     if arguments.plot:
         draw_plot(rows, arguments.plot)

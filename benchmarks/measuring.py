@@ -1,4 +1,4 @@
-"""What the benchmarks of layers and models on a GPU have in common: graphs, and figures with what they were measured on."""
+"""What the benchmarks on a GPU have in common: graphs, and figures with what they were measured on."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def provenance() -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A CSV file of rows with the same columns, its folder made if need be."""
+    """A CSV file, its folder made if need be. A row may lack what another has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -159,11 +159,11 @@ def tuned(shape: Shape) -> list[dict[str, object]]:
     return fastest(parts, grids)
 
 
-def parts() -> Iterator[tuple[Part, object]]:
+def timed() -> Iterator[tuple[Part, object]]:
     """Everything that is timed, with its shape."""
     for shape in SHAPES:
         yield from ((part, shape) for part in (plan_part(shape, 0), plan_part(shape, 10), *combine_parts(shape)))
 
 
 if __name__ == "__main__":
-    main(__doc__, parts, lambda: tuned(SHAPES[0]))
+    main(__doc__, timed, lambda: tuned(SHAPES[0]))

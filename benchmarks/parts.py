@@ -97,8 +97,12 @@ def fastest(parts: Mapping[str, Part], grids: Iterable[Grid]) -> list[dict[str, 
     return rows
 
 
-def main(description: str | None, parts: Callable[[], Iterable[tuple[Part, object]]], tuned: Callable[[], Any]) -> None:
-    """Time parts with their shapes, or with `--tune` print what `tuned` found."""
+def main(
+    description: str | None,
+    timed: Callable[[], Iterable[tuple[Part, object]]],
+    tuned: Callable[[], list[dict[str, object]]],
+) -> None:
+    """Time the parts of `timed` with their shapes, or with `--tune` print what `tuned` found."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="time a grid of launch parameters instead")
     arguments = parser.parse_args()
@@ -110,7 +114,7 @@ def main(description: str | None, parts: Callable[[], Iterable[tuple[Part, objec
         print(table(tuned()))
         return
     rows = []
-    for part, shape in parts():
+    for part, shape in timed():
         rows.append(measure(part, shape))
         print(*rows[-1].values(), sep="  ", flush=True)
     print("\n" + table(rows))

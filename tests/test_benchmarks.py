@@ -60,6 +60,7 @@ def test_text_curve(tmp_path: Path) -> None:
     [
         ("conv_part.py", "times kernels"),
         ("block_parts.py", "times kernels"),
+        ("mom_parts.py", "times kernels"),
         ("decoding.py", "times kernels"),
         ("experts.py", "times a layer"),
         ("layers.py", "times layers"),
