@@ -277,6 +277,8 @@ def values_kernel(
             d_write *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
             state *= tl.exp(total.to(tl.float32))
             read = (do.to(tl.float32) * from_start).to(dtype)
+        # Before the products that wait for each other: it waits for none of them.
+        state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)
         d_write = tl.dot(later_reads, do, acc=d_write, input_precision=PRECISION)
         d_write = tl.dot(later_erasure, (-beta * d_write).to(dtype), acc=d_write, input_precision=PRECISION)
         dv = beta * d_write
@@ -287,7 +289,6 @@ def values_kernel(
             store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             dv *= from_start
-        state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)
         state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)

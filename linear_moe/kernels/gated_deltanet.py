@@ -4,7 +4,7 @@ The kernels and the mathematics are in `linear_moe.kernels.delta_walks`; this is
 chunks' own matrices, walks each segment (or, of long ones, its pieces, whose transitions are joined first) for r and o, and
 keeps r. A backward pass walks back for dv and the strengths' gradients, then makes those of queries and keys: by two more
 walks, or, where a head's state is too large for a walk that also reads it, all pieces in parallel from states that the first
-two walks stored (`linear_moe.kernels.piece_reads`); the output is then made so too.
+two walks stored (`linear_moe.kernels.piece_gradients`); the output is then made so too (`linear_moe.kernels.piece_reads`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from linear_moe.kernels.delta_walks import (
 from linear_moe.kernels.join import join_affine
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
+from linear_moe.kernels.piece_gradients import ScanOverlaps, delta_gradients
 from linear_moe.kernels.piece_reads import Pieces, read_pieces
 from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
 
@@ -334,7 +335,7 @@ def forward(
         wrong = torch.empty_like(v)
         states = new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
         _run_forward(walk, solved, q, k, v, wrong=wrong, starts=starts, final=piece_ends, states=states)
-        read_pieces(walk.pieces, q, k, wrong, states, output, factor=scale, column_weights=walk.beta)
+        read_pieces(walk.pieces, q, k, wrong, states, output, scale=scale, weights=walk.beta)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     kept = None
@@ -353,13 +354,6 @@ class Backward(NamedTuple):
     log_decay: Tensor | None
     beta: Tensor
     initial_state: Tensor | None
-
-
-class _Crossing(NamedTuple):
-    """Of what a decay's gradient is made, `[tiles, H, S]` float32 each, to be summed over tiles."""
-
-    read: Tensor
-    written: Tensor
 
 
 def backward(
@@ -422,7 +416,9 @@ def backward(
         borders, before, after = splits.borders, starts, piece_ends
     else:
         assert kept.states is not None and ends is not None
-        crossing = _read_back(walk, walk.pieces, kept, ends, d_output, dv, q, k, dq, dk, scale)
+        crossing = delta_gradients(
+            walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dq, dk, scale=scale
+        )
         borders, before, after = whole(ragged.cu_seqlens).borders, initial_state, d_initial
     if not ragged.dense:
         for gradient in (dq, dk, dv):
@@ -442,7 +438,7 @@ def backward(
 def _walk_back(
     walk: _Walk, wrong: Tensor, d_output: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor,
     starts: Tensor | None, reverse_starts: Tensor | None, scale: float,
-) -> _Crossing | None:  # fmt: skip
+) -> ScanOverlaps | None:  # fmt: skip
     """Fill `dq` and `dk` by walking each split forwards, then backwards."""
     num_tokens, heads, value_dim = v.shape
     chunk = chunk_length(k, v)
@@ -471,32 +467,4 @@ def _walk_back(
     grid, parameters = _launch("keys", walk, k, v)
     written = new_overlap(parameters["TILE"])
     launch_kernel(keys_kernel, grid, *both, dk, written, reverse_starts, *where, **parameters, **constants)
-    return None if read is None or written is None else _Crossing(read, written)
-
-
-def _read_back(
-    walk: _Walk, pieces: Pieces, kept: Kept, ends: Tensor, d_output: Tensor, dv: Tensor, q: Tensor, k: Tensor, dq: Tensor,
-    dk: Tensor, scale: float,
-) -> _Crossing | None:  # fmt: skip
-    """Fill `dq` and `dk` from the states before each piece and, without the scale, their gradients after it, `ends`."""
-    assert kept.states is not None
-    wrong, states, beta = kept.wrong, kept.states, walk.beta
-    asked = erased = written = None
-    if walk.decays is not None:
-        asked, erased, written = torch.empty(3, *beta.shape, dtype=torch.float32, device=k.device)
-    read_pieces(
-        pieces, d_output, wrong, k, states, dq, factor=scale, column_weights=beta, transposed_state=True,
-        other=None if asked is None else q, overlap=asked,
-    )  # fmt: skip
-    # The erase reads before the token writes.
-    read_pieces(
-        pieces, dv, wrong, k, states, dk, factor=-1.0, column_weights=beta, transposed_state=True, strict=True,
-        other=None if erased is None else k, overlap=erased,
-    )  # fmt: skip
-    read_pieces(
-        pieces, wrong, d_output, q, ends, dk, factor=scale, second=(dv, k, -1.0), row_weights=beta, reverse=True,
-        transposed_state=True, add=True, other=None if written is None else k, overlap=written,
-    )  # fmt: skip
-    if asked is None or erased is None or written is None:
-        return None
-    return _Crossing(torch.stack((asked, erased)), written[None])
+    return None if read is None or written is None else ScanOverlaps(read, written)

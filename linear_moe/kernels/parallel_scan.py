@@ -6,8 +6,7 @@ with one program a multiprocessor at K = V = 256, and the products of queries an
     _states      walks a segment and only writes: a tile `[keys, values]` of the state in registers, stored before each piece
     read_pieces  reads, all pieces and rows in parallel (`linear_moe.kernels.piece_reads`)
 
-With (a, b, c) = (q, k, v) the reads are the output; with (dO, v, k) and the states transposed, dq. Backwards in time, from the
-states after each piece, (v, dO, q) gives dk and (k, q, dO) dv.
+Its gradients are made of the same two steps (`linear_moe.kernels.piece_gradients`), with the states' own gradients stored too.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.join import join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
+from linear_moe.kernels.piece_gradients import scan_gradients
 from linear_moe.kernels.piece_reads import Pieces, read_pieces
 from linear_moe.kernels.results import Backward, Forward
 from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
@@ -317,7 +317,7 @@ def forward(
     plan = _plan(k, v, log_decay, decay, ragged)
     states, final = _states(plan, k, v, initial_state, final=want_final)
     output = torch.empty_like(v)
-    read_pieces(plan.pieces, q, k, v, states, output, factor=scale)
+    read_pieces(plan.pieces, q, k, v, states, output, scale=scale, weights=None)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     return Forward(output, final, states)
@@ -348,33 +348,8 @@ def backward(
     wide = (v.shape[0], v.shape[1], q.shape[2])
     dq, dk = (torch.empty(wide, dtype=torch.float32 if shared else q.dtype, device=q.device) for _ in range(2))
     dv = torch.empty_like(v)
-    read = written = None
-    if want_decay:
-        read, written = torch.empty(2, 1, v.shape[1], v.shape[0], dtype=torch.float32, device=v.device)
-    read_pieces(
-        plan.pieces,
-        d_output,
-        v,
-        k,
-        starts,
-        dq,
-        factor=scale,
-        transposed_state=True,
-        other=q if want_decay else None,
-        overlap=read,
-    )
-    read_pieces(plan.pieces, v, d_output, q, ends, dk, factor=scale, reverse=True, transposed_state=True)
-    read_pieces(
-        plan.pieces,
-        k,
-        q,
-        d_output,
-        ends,
-        dv,
-        factor=scale,
-        reverse=True,
-        other=v if want_decay else None,
-        overlap=written,
+    overlaps = scan_gradients(
+        plan.pieces, q, k, v, d_output, starts, ends, dq, dk, dv, scale=scale, want_decay=want_decay
     )
     if not ragged.dense:
         for gradient in (dq, dk, dv):
@@ -382,12 +357,12 @@ def backward(
     if d_initial is not None:
         d_initial = scale * d_initial
     d_decay = None
-    if read is not None and written is not None:
+    if overlaps is not None:
         at_start = None
         if initial_state is not None:
             assert d_initial is not None
             at_start = torch.linalg.vecdot(initial_state.flatten(2), d_initial.flatten(2))
-        d_decay = decay_gradient(read, written, at_start, whole(ragged.cu_seqlens).borders).t().contiguous()
+        d_decay = decay_gradient(*overlaps, at_start, whole(ragged.cu_seqlens).borders).t().contiguous()
     if shared:
         dq, dk = (sum_heads(x, q) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_initial)

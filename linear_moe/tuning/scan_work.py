@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import delta_walks, gated_deltanet, gla, library, parallel_scan, piece_reads, scalar_scan
+from linear_moe.kernels import (
+    delta_walks,
+    gated_deltanet,
+    gla,
+    library,
+    parallel_scan,
+    piece_gradients,
+    piece_reads,
+    scalar_scan,
+)
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
 from linear_moe.tuning.search import Entry
@@ -53,7 +62,7 @@ class ScanWork:
                     Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                     for name, kernel in walks.items()
                 ),
-                *(self._reads("weighted") if wide else ()),
+                *(self._reads("weighted", piece_gradients.delta_gradients_kernel) if wide else ()),
             ]
         if self.form.decay is Decay.VECTOR:
             kernels = {
@@ -65,16 +74,24 @@ class ScanWork:
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
-            return [states, *self._reads("plain")]
-        return self._both_ways(scalar_scan.TABLE, (decay,), scalar_scan.scan_kernel)
+            return [states, *self._reads("plain", piece_gradients.scan_gradients_kernel)]
+        # Backwards keys and values change places.
+        ways = dict.fromkeys([(K, V), (V, K)])
+        return [
+            Entry(scalar_scan.TABLE, (decay, *way, self.dtype), scalar_scan.scan_kernel, {"K": way[0], "V": way[1]})
+            for way in ways
+        ]
 
-    def _reads(self, weighted: str) -> list[Entry]:
-        return self._both_ways(piece_reads.TABLE, (self.form.decay.value, weighted), piece_reads.reads_kernel)
-
-    def _both_ways(self, table: Any, first: tuple[str, ...], kernel: Any) -> list[Entry]:
-        """Backwards keys and values change places."""
-        ways = dict.fromkeys([(self.key_dim, self.value_dim), (self.value_dim, self.key_dim)])
-        return [Entry(table, (*first, *way, self.dtype), kernel, {"K": way[0], "V": way[1]}) for way in ways]
+    def _reads(self, weighted: str, gradients: Any) -> list[Entry]:
+        decay, sizes, last = (
+            self.form.decay.value,
+            {"K": self.key_dim, "V": self.value_dim},
+            (self.key_dim, self.value_dim),
+        )
+        return [
+            Entry(piece_reads.TABLE, (decay, weighted, *last, self.dtype), piece_reads.reads_kernel, sizes),
+            Entry(piece_gradients.TABLE, (decay, self.form.erase.value, *last, self.dtype), gradients, sizes),
+        ]
 
     def run(self) -> None:
         """Forward and backward, without states."""

@@ -27,6 +27,7 @@ from linear_moe.kernels import (
     launch_tables,
     library,
     parallel_scan,
+    piece_gradients,
     piece_reads,
     scalar_scan,
 )
@@ -177,13 +178,15 @@ def arguments_of(
         walks = ("forward", "values", "queries", "keys")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
         entries += [(gated_deltanet.CHUNK_TABLE, (name, decay, x, dtype)) for name, x in (("solve", K), ("pairs", V))]
-        entries += [(piece_reads.TABLE, (decay, "weighted", *way, dtype)) for way in ways]
+        entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
     elif form.decay is Decay.VECTOR:
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "keys", "queries")]
     else:
         entries += [(scalar_scan.TABLE, (decay, *way, dtype)) for way in ways]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
-        entries += [(piece_reads.TABLE, (decay, "plain", *way, dtype)) for way in ways]
+        entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype))]
+    if form.decay is not Decay.VECTOR:
+        entries += [(piece_gradients.TABLE, (decay, erase, K, V, dtype))]
     return list({(table.name, arguments): (table, arguments) for table, arguments in entries}.values())
 
 

@@ -13,7 +13,7 @@ from scan_laws import Law, clean, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import delta_walks, gated_deltanet, parallel_scan, piece_reads
+from linear_moe.kernels import delta_walks, gated_deltanet, parallel_scan, piece_gradients, piece_reads
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str)
 # A form of each way through the kernels: what has no decay takes a part of what has one.
@@ -88,7 +88,7 @@ BUGS = {
         Bug(parallel_scan, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk"),
     ),
     "a causal mask dropped": (SCALAR, Bug(piece_reads, "tl.where(seen, products, 0.0)", "products")),
-    "heads taken in turn": (HEADS, Bug(piece_reads, "head // (HEADS // A_HEADS)", "head % A_HEADS")),
+    "heads taken in turn": (HEADS, Bug(piece_reads, "head // (HEADS // A_HEADS)", "head % A_HEADS", count=2)),
     "written heads taken in turn": (HEADS, Bug(parallel_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
     "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= tl.exp(total)", "state *= 1.0")),
     "a write that does not fade": (SCALAR, Bug(parallel_scan, "v.to(tl.float32) * weights[:, None]", "v * 1.0")),
@@ -103,13 +103,27 @@ BUGS = {
         SCALAR,
         Bug(piece_reads, "seen = seen & (row[:, None] != column[None, :])", "pass"),
     ),
-    "a token's own pair forgotten": (SCALAR, Bug(piece_reads, "o += own[:, None] * c.to(tl.float32)", "pass")),
+    "a token's own pair forgotten": (
+        SCALAR,
+        Bug(piece_gradients, "            dq += own[:, None]", "            dq += 0 * own[:, None]"),
+    ),
     "beta forgotten in what is read": (DELTA, Bug(piece_reads, "products *= weights[None, :]", "pass")),
-    "beta forgotten in what is written": (DELTA, Bug(piece_reads, "o *= weights[:, None]", "pass")),
-    "the erase's part overwritten": (DELTA, Bug(piece_reads, "if ADD:", "if False:")),
-    "the erase reads what its token writes": (DELTA, Bug(gated_deltanet, "strict=True", "strict=False")),
-    "the erase added": (DELTA, Bug(gated_deltanet, "factor=-1.0", "factor=1.0")),
-    "what erases forgotten in the keys' gradient": (DELTA, Bug(gated_deltanet, "second=(dv, k, -1.0), ", "")),
+    "beta forgotten in what is written": (DELTA, Bug(piece_gradients, "dk *= beta[:, None]", "pass")),
+    "beta forgotten in a token's own pair": (DELTA, Bug(piece_gradients, "own *= beta", "pass")),
+    "the erase reads what its token writes": (
+        DELTA,
+        Bug(piece_gradients, "K_BLOCK, DECAY, False, True, PRECISION", "K_BLOCK, DECAY, False, False, PRECISION"),
+    ),
+    "the erase added": (
+        DELTA,
+        Bug(piece_gradients, "num_tokens, -1.0,\n            0, end", "num_tokens, 1.0,\n            0, end"),
+    ),
+    "what erases forgotten in the keys' gradient": (
+        DELTA,
+        Bug(piece_gradients, "num_tokens, -1.0,\n            block", "num_tokens, 0.0,\n            block"),
+    ),
+    "an erase that does not fade": (DELTA, Bug(piece_gradients, "fading = -tl.exp(summed.to(tl.float32))", "pass")),
+    "the write counted as erased": (DELTA, Bug(piece_gradients, "both - written", "both")),
     "a stored state of the delta rule after its chunk": (
         DELTA,
         Bug(delta_walks, "if chunk * CHUNK % PIECE == 0:", "if chunk * CHUNK % PIECE == CHUNK:"),

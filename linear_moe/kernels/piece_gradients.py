@@ -1,0 +1,312 @@
+"""Gradients of scans that store states: sums of reads from the states before each piece, and from their gradients after it.
+
+With S_0 the state before a piece, dS the gradient of the one after it without the scale, and pairs as `piece_reads` has them,
+
+    dq = scale (do read from v, k and S_0)            forwards in time
+    dk = scale (v read from do, q and dS)             backwards
+    dv = scale (k read from q, do and dS)             backwards
+
+and where writes depend on what is there, r what a write finds wrong, b its strength and u = b r what it writes,
+
+    dq = scale (do read from u, k and S_0)
+    dk = b (r read from scale do, q and dS, and from -dv, k) - (dv read from u, k and S_0, without the token's own write)
+
+A piece's reads share nearly all of what they load. So they are programs of one launch, next to each other: what the first
+brings from memory the others find in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linear_moe.kernels import piece_reads
+from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, store_rows, summed_decays
+from linear_moe.kernels.launch import launch_kernel
+from linear_moe.kernels.launch_tables import LaunchTable
+from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, choices, rate_of, read_rows, read_state
+
+
+def choose_launch(dtype: torch.dtype) -> Launch:
+    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
+
+    The delta rule's, ms at 98,304 tokens in 40 segments: 2.35 (2.54 as three launches of 128 rows and 8 warps); 3 stages 3.16,
+    128 rows and 8 warps 2.64, with columns of 64 and 2 stages 2.90. Without erase at B8 T4096: 0.548 (0.642); 0.565.
+    """
+    launch = piece_reads.choose_launch(dtype)
+    # Two programs a multiprocessor.
+    return launch if dtype == torch.float32 else launch._replace(rows=64, num_warps=4, num_stages=2)
+
+
+TABLE = LaunchTable(
+    "piece_gradients",
+    lambda decay, erase, key_dim, value_dim, dtype: choose_launch(dtype),
+    lambda decay, erase, key_dim, value_dim, dtype: choices(dtype),
+)
+"""By the decay, the erase, K, V and the dtype. The piece is that of `piece_reads`."""
+
+
+@triton.jit
+def _place(borders_ptr, borders_stride, program, HEADS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Which block of which head and piece a program is for."""
+    piece = (program // (BLOCKS * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    return program % BLOCKS, (program // BLOCKS) % HEADS, piece, start, size
+
+
+@triton.jit
+def _overlap(o, ptr, start, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, row, columns, valid):
+    """<o, x> of every row."""
+    return tl.sum(o * load_rows(ptr, start, head, HEADS, WIDTH, row, columns, valid).to(tl.float32), 1)
+
+
+@triton.jit
+def scan_gradients_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    decay_ptr,
+    states_ptr,
+    ends_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    read_ptr,
+    written_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`read` and `written`: <dq, q> and <dv, v> without a token's own pair; null pointers leave them out."""
+    program = tl.program_id(0)
+    part = program % 3
+    block, head, piece, start, size = _place(borders_ptr, borders_stride, program // 3, HEADS, PIECE // ROWS)
+    if block * ROWS >= size:
+        return
+    row = block * ROWS + tl.arange(0, ROWS)
+    valid = row < size
+    keys = tl.arange(0, K_BLOCK)
+    values = tl.arange(0, V_BLOCK)
+    k_head = head // (HEADS // K_HEADS)
+    at = head.to(tl.int64) * num_tokens + start + row
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
+    end = tl.minimum((block + 1) * ROWS, size)
+    # No `elif`: triton 3.6 gives the tiles of its branches shared memory of their own.
+    if part == 0:
+        # A token's own pair crosses nothing: it is added after the overlap is taken.
+        APART: tl.constexpr = read_ptr is not None
+        dq, own = read_rows(
+            do_ptr, v_ptr, k_ptr, states_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, 0, end, scale,
+            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, APART, PRECISION,
+        )  # fmt: skip
+        if APART:
+            tl.store(read_ptr + at, _overlap(dq, q_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
+            dq += own[:, None] * load_rows(k_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
+        store_rows(dq_ptr, dq, start, head, HEADS, K, row, keys, valid)
+    if part == 1:
+        dk, _ = read_rows(
+            v_ptr, do_ptr, q_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
+            size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, True, True, False,
+            PRECISION,
+        )  # fmt: skip
+        store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
+    if part == 2:
+        dv, own = read_rows(
+            k_ptr, q_ptr, do_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
+            size, scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE, DECAY, True, False,
+            written_ptr is not None, PRECISION,
+        )  # fmt: skip
+        if written_ptr is not None:
+            tl.store(written_ptr + at, _overlap(dv, v_ptr, start, head, HEADS, V, row, values, valid), mask=valid)
+            dv += own[:, None] * load_rows(do_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32)
+        store_rows(dv_ptr, dv, start, head, HEADS, V, row, values, valid)
+
+
+@triton.jit
+def delta_gradients_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    states_ptr,
+    ends_ptr,
+    dq_ptr,
+    dk_ptr,
+    read_ptr,
+    erased_ptr,
+    written_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`read`, `erased` and `written`: <dq, q>, and <dk, k> of the erase and of the write, without a token's own pair; null
+    pointers without a decay.
+    """
+    program = tl.program_id(0)
+    part = program % 2
+    block, head, piece, start, size = _place(borders_ptr, borders_stride, program // 2, HEADS, PIECE // ROWS)
+    if block * ROWS >= size:
+        return
+    row = block * ROWS + tl.arange(0, ROWS)
+    valid = row < size
+    keys = tl.arange(0, K_BLOCK)
+    values = tl.arange(0, V_BLOCK)
+    k_head = head // (HEADS // K_HEADS)
+    at = head.to(tl.int64) * num_tokens + start + row
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
+    end = tl.minimum((block + 1) * ROWS, size)
+    if part == 0:
+        # The longer one first.
+        dk, own = read_rows(
+            wrong_ptr, do_ptr, q_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
+            size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, True, True, True,
+            PRECISION,
+        )  # fmt: skip
+        summed = tl.zeros((ROWS,), tl.float32)
+        fading = tl.full((ROWS,), -1.0, tl.float32)
+        if DECAY != NO_DECAY:
+            summed, _ = summed_decays(decay_ptr, rate, head, start, row, size, num_tokens, DECAY)
+            fading = -tl.exp(summed.to(tl.float32))
+        wrong = load_rows(wrong_ptr, start, head, HEADS, V, row, values, valid)
+        nothing = tl.zeros((ROWS,), tl.float32)
+        dk, _ = add_pairs(
+            dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, -1.0,
+            block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
+        )  # fmt: skip
+        beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+        dk *= beta[:, None]
+        written = nothing
+        if DECAY != NO_DECAY:
+            written = _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid)
+            tl.store(written_ptr + at, written, mask=valid)
+        # The erase reads before the token writes. Into the same accumulator: of two, one would spill.
+        dk = read_state(dk, dv_ptr, states_ptr, start, piece, head, row, valid, fading, HEADS, HEADS, V, K, K_BLOCK, SLICE,
+                        True, PRECISION)  # fmt: skip
+        dv = load_rows(dv_ptr, start, head, HEADS, V, row, values, valid)
+        dk, _ = add_pairs(
+            dk, nothing, dv, row, summed, rate, wrong_ptr, k_ptr, decay_ptr, beta_ptr, start, size, head, num_tokens, -1.0,
+            0, end, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, False, True, PRECISION,
+        )  # fmt: skip
+        if DECAY != NO_DECAY:
+            both = _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid)
+            tl.store(erased_ptr + at, both - written, mask=valid)
+        own *= beta
+        dk += own[:, None] * load_rows(q_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
+        store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
+    if part == 1:
+        dq, own = read_rows(
+            do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
+            scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
+        )  # fmt: skip
+        if DECAY != NO_DECAY:
+            tl.store(read_ptr + at, _overlap(dq, q_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
+        dq += own[:, None] * load_rows(k_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
+        store_rows(dq_ptr, dq, start, head, HEADS, K, row, keys, valid)
+
+
+class ScanOverlaps(NamedTuple):
+    """Of what a decay's gradient is made, `[1, H, S]` float32 each."""
+
+    read: Tensor
+    written: Tensor
+
+
+def scan_gradients(
+    pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, d_output: Tensor, states: Tensor, ends: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, *, scale: float, want_decay: bool,
+) -> ScanOverlaps | None:  # fmt: skip
+    """Fill dq and dk `[S, H, K]` and dv `[S, H, V]` by the module's first equations; the overlaps, if wanted.
+
+    Args:
+        pieces: the pieces and their decays.
+        q: `[S, *, K]`, as k. May have fewer heads than there are.
+        k: `[S, *, K]`
+        v: `[S, H, V]`, as `d_output`.
+        d_output: `[S, H, V]`
+        states: S_0 `[P, H, K, V]`, as `ends`.
+        ends: dS
+        dq: `[S, H, K]`, as dk.
+        dk: `[S, H, K]`
+        dv: `[S, H, V]`
+        scale: of the output.
+        want_decay: whether the overlaps are.
+    """
+    overlaps = None
+    if want_decay:
+        both = torch.empty(2, 1, pieces.heads, v.shape[0], dtype=torch.float32, device=v.device)
+        overlaps = ScanOverlaps(both[0], both[1])
+    launch = TABLE.pick(v.device, DECAY_NAMES[pieces.kind], "none", k.shape[2], v.shape[2], k.dtype)
+    borders = pieces.splits.borders
+    launch_kernel(
+        scan_gradients_kernel, 3 * pieces.num_programs(launch), q, k, v, d_output, pieces.decays, states, ends, dq, dk, dv,
+        *((None, None) if overlaps is None else overlaps), borders, borders.stride(0), v.shape[0], scale,
+        **pieces.constants(launch, k, v),
+    )  # fmt: skip
+    return overlaps
+
+
+def delta_gradients(
+    pieces: Pieces, q: Tensor, k: Tensor, wrong: Tensor, beta: Tensor, d_output: Tensor, dv: Tensor, states: Tensor,
+    ends: Tensor, dq: Tensor, dk: Tensor, *, scale: float,
+) -> ScanOverlaps | None:  # fmt: skip
+    """Fill dq and dk by the module's last equations; the overlaps, of reads `[2, H, S]`, where there is a decay.
+
+    Args:
+        pieces: the pieces and their decays.
+        q: `[S, *, K]`, as k. May have fewer heads than there are.
+        k: `[S, *, K]`
+        wrong: r `[S, H, V]`
+        beta: b `[H, S]` float32
+        d_output: `[S, H, V]`
+        dv: `[S, H, V]`, made already.
+        states: S_0 `[P, H, K, V]`
+        ends: dS `[P, H, K, V]`
+        dq: `[S, H, K]`, as dk.
+        dk: `[S, H, K]`
+        scale: of the output.
+    """
+    overlaps, each = None, (None, None, None)
+    if pieces.decays is not None:
+        three = torch.empty(3, *beta.shape, dtype=torch.float32, device=k.device)
+        overlaps, each = ScanOverlaps(three[:2], three[2:]), tuple(three)
+    launch = TABLE.pick(k.device, DECAY_NAMES[pieces.kind], "delta", k.shape[2], wrong.shape[2], k.dtype)
+    borders = pieces.splits.borders
+    launch_kernel(
+        delta_gradients_kernel, 2 * pieces.num_programs(launch), q, k, d_output, dv, wrong, pieces.decays, beta, states, ends,
+        dq, dk, *each, borders, borders.stride(0), wrong.shape[0], scale, **pieces.constants(launch, k, wrong),
+    )  # fmt: skip
+    return overlaps
