@@ -20,6 +20,8 @@ class Batch(NamedTuple):
     """`[B, T]` int64: what to predict at each position (nothing is shifted later), or `IGNORE_INDEX`."""
     cu_seqlens: Tensor | None = None
     """`[N + 1]` int64 borders of packed documents; then B = 1."""
+    max_length: int | None = None
+    """A bound on the tokens of a packed document: the same of every batch, or each would be a graph of its own on a GPU."""
 
     @property
     def num_labels(self) -> int:
@@ -29,7 +31,7 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
         borders = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Batch(self.tokens.to(device), self.labels.to(device), borders)
+        return Batch(self.tokens.to(device), self.labels.to(device), borders, self.max_length)
 
 
 def seeded(*numbers: int) -> torch.Generator:

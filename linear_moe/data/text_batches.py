@@ -43,6 +43,7 @@ class PackedText:
             raise ValueError(f"context must be at least 1, got {context}")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        self.context = context
         self.batch_tokens = batch_tokens
         self.seed = seed
         self._text, self._starts, self._lengths = _cut(documents, context, tokenizer)
@@ -63,7 +64,9 @@ class PackedText:
             self._order = torch.randperm(self._starts.numel(), generator=seeded(self.seed, epoch))
             self._ends = self._lengths[self._order].cumsum(0)
             self._epoch = epoch
-        return _read(self._text, self._starts, self._order, self._ends, row * self.batch_tokens, self.batch_tokens)
+        return _read(
+            self._text, self._starts, self._order, self._ends, row * self.batch_tokens, self.batch_tokens, self.context
+        )
 
 
 def held_out_batches(
@@ -74,7 +77,7 @@ def held_out_batches(
     order, ends = torch.arange(starts.numel()), lengths.cumsum(0)
     total = min(int(ends[-1]), limit) if ends.numel() else 0
     for start in range(0, total, batch_tokens):
-        yield _read(text, starts, order, ends, start, min(batch_tokens, total - start))
+        yield _read(text, starts, order, ends, start, min(batch_tokens, total - start), context)
 
 
 def _cut(documents: Sequence[bytes], context: int, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,12 +97,12 @@ def _cut(documents: Sequence[bytes], context: int, tokenizer: Tokenizer) -> tupl
     return torch.cat(text), torch.cat(starts), torch.cat(lengths)
 
 
-def _read(text: Tensor, starts: Tensor, order: Tensor, ends: Tensor, start: int, length: int) -> Batch:
-    """Tokens [start, start + length) of the pieces laid end to end in `order`; `ends` is where each of them ends."""
+def _read(text: Tensor, starts: Tensor, order: Tensor, ends: Tensor, start: int, length: int, context: int) -> Batch:
+    """Tokens [start, start + length) of the pieces of up to `context` laid end to end in `order`; `ends` is where each ends."""
     places = torch.arange(start, start + length)
     piece = torch.searchsorted(ends, places, right=True)
     begins = torch.cat((ends.new_zeros(1), ends[:-1]))
     source = starts[order[piece]] + places - begins[piece]
     borders = (piece.diff() != 0).nonzero().flatten() + 1
     cu_seqlens = torch.cat((borders.new_zeros(1), borders, borders.new_full((1,), length)))
-    return Batch(text[source].long()[None], text[source + 1].long()[None], cu_seqlens)
+    return Batch(text[source].long()[None], text[source + 1].long()[None], cu_seqlens, context)

@@ -170,7 +170,7 @@ class PackedStream:
             # What is left is the beginning of the next batch; its first token has been predicted.
             self._begun = piece[taken:] if taken < piece.numel() - 1 else None
         borders = torch.tensor([0, *lengths]).cumsum(0)
-        return Batch(torch.cat(inputs).long()[None], torch.cat(labels).long()[None], borders)
+        return Batch(torch.cat(inputs).long()[None], torch.cat(labels).long()[None], borders, self.context)
 
     def _draw(self) -> Tensor:
         while len(self._waiting) < self._shuffled:

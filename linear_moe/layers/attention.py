@@ -119,6 +119,7 @@ class SoftmaxAttention(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
         state: AttentionState | None = None,
     ) -> Tensor:
         """Mix the tokens of each sequence, after those in the state if one is given.
@@ -129,6 +130,8 @@ class SoftmaxAttention(nn.Module):
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`. A document costs
                 what it costs alone, but for float32 on a GPU, where reading the borders would be a wait: there all T^2 pairs
                 of the row are masked.
+            max_length: a bound on the tokens of a packed document, T unless given; on a GPU, where looking would wait, it is
+                taken on trust. Not the layer's limit, which is on what a state has seen, too.
             state: from `new_state`, for B sequences or N documents; this call's tokens are added to it.
 
         Returns:
@@ -137,7 +140,7 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: naming the argument that does not fit.
         """
-        sequences = describe_sequences(x, padding_mask, cu_seqlens)
+        sequences = describe_sequences(x, padding_mask, cu_seqlens, max_length)
         self._check(x, sequences, state)
         lengths = None if padding_mask is None and cu_seqlens is None else sequences.lengths
         seen = None if state is None else state.tokens_seen
@@ -160,7 +163,7 @@ class SoftmaxAttention(nn.Module):
             output = self._attend_documents(rows, cu_seqlens)
         elif cu_seqlens is not None and state is None and flash_takes(rows.q, self.window):
             k, v = self._shared(rows.k[0], 1), self._shared(rows.v[0], 1)
-            output = attend_packed(rows.q[0], k, v, cu_seqlens, self.window)[None]
+            output = attend_packed(rows.q[0], k, v, cu_seqlens, sequences.max_length, self.window)[None]
         else:
             causal = alone and (self.window is None or x.shape[1] <= self.window)
             mask = None if causal else self._mask(rows, columns)

@@ -34,7 +34,7 @@ def flash_takes(q: Tensor, window: int | None) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and fits
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, window: int | None) -> Tensor:
     """Causal attention inside each document.
 
     Args:
@@ -42,6 +42,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: i
         k: `[S, H, K]`.
         v: `[S, H, K]`.
         cu_seqlens: `[N + 1]` the borders, on the device. Tokens past the last are in no document.
+        max_length: a bound on the tokens of a document.
         window: tokens that a token sees, itself included; all before it if None.
 
     Returns:
@@ -50,8 +51,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: i
     flash = _flash()
     assert flash is not None
     attend, names = flash
-    length = q.shape[0]
-    inside = (torch.arange(length, device=q.device) < cu_seqlens[-1])[:, None, None]
+    inside = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
     # On both sides: what is in no document is written by neither pass.
     q, k, v = (torch.where(inside, x, 0) for x in (q, k, v))
     borders = cu_seqlens.to(device=q.device, dtype=torch.int32)
@@ -59,4 +59,4 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: i
         causal: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
     else:
         causal = {"is_causal": True}
-    return torch.where(inside, attend(q, k, v, borders, borders, length, length, **causal), 0)
+    return torch.where(inside, attend(q, k, v, borders, borders, max_length, max_length, **causal), 0)

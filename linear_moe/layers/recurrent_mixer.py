@@ -215,6 +215,7 @@ class RecurrentMixer(nn.Module, ABC):
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
         state: MemoryState | None = None,
     ) -> Tensor:
         """Mix the tokens of each sequence, from the state if one is given.
@@ -223,6 +224,8 @@ class RecurrentMixer(nn.Module, ABC):
             x: `[B, T, D]`.
             padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere, touch nothing and read 0.
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
+            max_length: a bound on the tokens of a packed document, T unless given. Kernels then cut no document for being as
+                long as the row. On a GPU it is taken on trust: looking would wait.
             state: from `new_state`, for B sequences or N documents. Updated in place without gradients; with gradients
                 its tensors are replaced.
 
@@ -232,7 +235,7 @@ class RecurrentMixer(nn.Module, ABC):
         Raises:
             ValueError: naming the argument that does not fit.
         """
-        sequences = describe_sequences(x, padding_mask, cu_seqlens)
+        sequences = describe_sequences(x, padding_mask, cu_seqlens, max_length)
         self._check(x, sequences, state)
         if sequences.num_sequences == 0:
             return torch.zeros_like(x)

@@ -54,6 +54,7 @@ class Block(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
         state: LayerState | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream `x` `[B, T, D]` and what is to be added to it `[B, T, D]`, both before and after; the rest as in
@@ -61,9 +62,11 @@ class Block(nn.Module):
         """
         # Not with a state: computing it again would update it again.
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and state is None:
-            options = {"padding_mask": padding_mask, "cu_seqlens": cu_seqlens}
+            options = {"padding_mask": padding_mask, "cu_seqlens": cu_seqlens, "max_length": max_length}
             return run_checkpointed(self, self._run, self._gradient_checkpointing_func, x, branch, **options)
-        return self._run(x, branch, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+        return self._run(
+            x, branch, padding_mask=padding_mask, cu_seqlens=cu_seqlens, max_length=max_length, state=state
+        )
 
     def _run(
         self,
@@ -72,10 +75,13 @@ class Block(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
         state: LayerState | None = None,
     ) -> tuple[Tensor, Tensor]:
         x, normed = self.mixer_norm(x, branch)
-        branch = self.mixer(normed, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+        branch = self.mixer(
+            normed, padding_mask=padding_mask, cu_seqlens=cu_seqlens, max_length=max_length, state=state
+        )
         if self.ffn is not None and self.ffn_norm is not None:
             x, normed = self.ffn_norm(x, branch)
             branch = self.ffn(normed, padding_mask=padding_mask)
@@ -138,6 +144,7 @@ class LanguageModel(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
         state: ModelState | None = None,
         places: Tensor | None = None,
         labels: Tensor | None = None,
@@ -148,6 +155,7 @@ class LanguageModel(nn.Module):
             tokens: `[B, T]` int64 or int32. What stands at a pad does not matter.
             padding_mask: `[B, T]` bool, true on real tokens; pads may stand anywhere.
             cu_seqlens: `[N + 1]` borders of packed documents, with B = 1. Not together with `padding_mask`.
+            max_length: a bound on the tokens of a packed document, T unless given: see `MoMLayer.forward`.
             state: from `new_state`, for B sequences or N documents. Updated by this call's tokens.
             places: `[L]` int64 positions in the flattened `[B * T]`, to have the logits of those tokens only.
             labels: `[L]` int64 of those places, or of all `B * T`, to have the sum of their cross entropies in place of logits.
@@ -163,7 +171,9 @@ class LanguageModel(nn.Module):
         if labels is not None and tuple(labels.shape) != labelled:
             whose = "the tokens" if places is None else "the places"
             raise ValueError(f"labels must be one for each of {whose}, {list(labelled)}, got {list(labels.shape)}")
-        hidden = self.hidden(tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=state)
+        hidden = self.hidden(
+            tokens, padding_mask=padding_mask, cu_seqlens=cu_seqlens, max_length=max_length, state=state
+        )
         if places is not None:
             hidden = hidden.flatten(0, 1)[places]
         if labels is None:
@@ -178,6 +188,7 @@ class LanguageModel(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_length: int | None = None,
         state: ModelState | None = None,
     ) -> Tensor:
         """`forward` up to the final norm: `[B, T, D]`, in autocast's dtype where the norm is a kernel."""
@@ -195,7 +206,9 @@ class LanguageModel(nn.Module):
         branch: Tensor | None = None
         for index, block in enumerate(self.blocks):
             layer_state = None if state is None else state.layers[index]
-            x, branch = block(x, branch, padding_mask=padding_mask, cu_seqlens=cu_seqlens, state=layer_state)
+            x, branch = block(
+                x, branch, padding_mask=padding_mask, cu_seqlens=cu_seqlens, max_length=max_length, state=layer_state
+            )
         output: Tensor
         _, output = self.norm(x, branch)
         return output

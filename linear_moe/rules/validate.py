@@ -49,8 +49,10 @@ def check_padding_mask(padding_mask: object, batch: int, length: int) -> None:
     raise ValueError(f"padding_mask must be bool of shape {[batch, length]} (true on real tokens), got {got}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
-    """Check the borders of packed sequences; their values only on a CPU, where looking costs no synchronisation."""
+def check_cu_seqlens(cu_seqlens: Tensor, length: int, max_length: int | None = None) -> None:
+    """Check the borders of packed sequences, and a bound on their lengths; values only on a CPU, where looking costs no
+    synchronisation.
+    """
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be an int32 or int64 tensor [N + 1], got a {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
@@ -58,6 +60,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
             f"cu_seqlens must be int32 or int64 of shape [N + 1] with N >= 1, "
             f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, or None for T, got {max_length}")
     if not may_look(cu_seqlens.device):
         return
     if int(cu_seqlens[0]) != 0:
@@ -71,6 +75,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
         )
     if int(cu_seqlens[-1]) != length:
         raise ValueError(f"cu_seqlens must end at T = {length}, got {int(cu_seqlens[-1])}")
+    longest = int(cu_seqlens.diff().max())
+    if max_length is not None and longest > max_length:
+        raise ValueError(f"max_length must bound every packed sequence, got {max_length} and one of {longest} tokens")
 
 
 def check_scan_inputs(

@@ -95,7 +95,12 @@ def _packing(case: Case) -> None:
         alone, state_alone = _alone(layer, x[0, start:end], before.select(torch.tensor([n])))
         require_close(f"output of document {n}", output[0, start:end], alone)
         require_close_states(state.select(torch.tensor([n])), state_alone, f"state of document {n}")
+    again = before.clone()
     require_close("output with 32-bit borders", layer(x, cu_seqlens=borders.int(), state=before), output, 0)
+    longest = max(1, *case.lengths)
+    bounded = layer(x, cu_seqlens=borders, max_length=longest, state=again)
+    require_close("output with a bound on the documents' lengths", bounded, output)
+    require_close_states(again, state, "state with a bound on the documents' lengths")
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ class Scored(NamedTuple):
     """`[L]` int64 where they stand in the flattened tokens; None if every position has one."""
     cu_seqlens: Tensor | None
     """`[N + 1]` borders of packed documents."""
+    max_length: int | None
+    """A bound on their tokens."""
 
     @classmethod
     def of(cls, batch: Batch) -> Scored:
@@ -31,13 +33,13 @@ class Scored(NamedTuple):
         flat = batch.labels.flatten()
         labelled = flat != IGNORE_INDEX
         if bool(labelled.all()):
-            return cls(batch.tokens, flat, None, batch.cu_seqlens)
+            return cls(batch.tokens, flat, None, batch.cu_seqlens, batch.max_length)
         places = labelled.nonzero()[:, 0]
-        return cls(batch.tokens, flat[places], places, batch.cu_seqlens)
+        return cls(batch.tokens, flat[places], places, batch.cu_seqlens, batch.max_length)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Scored:
         """The same with every tensor changed."""
-        return Scored(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+        return Scored(*(change(x) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 def autocast(model: nn.Module, precision: str) -> torch.autocast:
@@ -51,7 +53,13 @@ def autocast(model: nn.Module, precision: str) -> torch.autocast:
 
 def summed_loss(model: LanguageModel, scored: Scored) -> Tensor:
     """Sum of the cross entropy over the labels, in nats. Only labelled positions go through the head."""
-    summed: Tensor = model(scored.tokens, cu_seqlens=scored.cu_seqlens, places=scored.places, labels=scored.labels)
+    summed: Tensor = model(
+        scored.tokens,
+        cu_seqlens=scored.cu_seqlens,
+        max_length=scored.max_length,
+        places=scored.places,
+        labels=scored.labels,
+    )
     return summed
 
 

@@ -63,7 +63,7 @@ class CapturedBackward:
 
     def _captured(self, scored: Scored) -> _Captured | None:
         """The graph for batches of this shape; None if there can be none."""
-        key = (*(None if x is None else x.numel() for x in _filled_up(scored)), scored.tokens.shape)
+        key = (*(x.numel() if isinstance(x, Tensor) else x for x in _filled_up(scored)), scored.tokens.shape)
         if key not in self._graphs:
             # Before the capture, which then has the oldest one's memory.
             while len(self._graphs) >= MOST_GRAPHS:
@@ -136,7 +136,7 @@ class _Captured:
     def replay(self, scored: Scored, weight: float, auxiliary: float) -> Tensor:
         """Run it on another batch of its shape."""
         for place, new in zip(self.inputs, _filled_up(scored), strict=True):
-            if place is not None and new is not None:
+            if isinstance(place, Tensor) and isinstance(new, Tensor):
                 # Pinned, so that the copy does not make the host wait for all that stands before it.
                 place.copy_(new.pin_memory(), non_blocking=True)
         if self._set != (weight, auxiliary):

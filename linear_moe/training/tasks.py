@@ -364,7 +364,7 @@ def evaluated(model: LanguageModel, batch: Batch) -> Tensor:
     try:
         with torch.no_grad():
             on_device = batch.to(next(model.parameters()).device)
-            return model(on_device.tokens, cu_seqlens=on_device.cu_seqlens)
+            return model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, max_length=on_device.max_length)
     finally:
         model.train(was_training)
 

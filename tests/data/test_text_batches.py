@@ -19,6 +19,7 @@ def _segments(batch: Batch) -> list[tuple[list[int], list[int]]]:
     borders = batch.cu_seqlens.tolist()
     assert borders[0] == 0
     assert borders[-1] == batch.tokens.shape[1]
+    assert batch.max_length is not None and max(b - a for a, b in itertools.pairwise(borders)) <= batch.max_length
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
     return [(tokens[a:b], labels[a:b]) for a, b in itertools.pairwise(borders)]
 

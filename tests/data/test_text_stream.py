@@ -50,7 +50,8 @@ def _reloaded(state: dict[str, Any]) -> dict[str, Any]:
 
 def _same(one: Batch, other: Batch) -> bool:
     assert one.cu_seqlens is not None and other.cu_seqlens is not None
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
+    assert one.max_length == other.max_length
+    return all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))  # type: ignore[arg-type]
 
 
 @settings(max_examples=40)
@@ -87,7 +88,8 @@ def test_every_token_is_learned_from_once_a_round_and_held_out_ones_never() -> N
     seen: Counter[int] = Counter()
     for index in range(3):
         batch = packed.batch(index)
-        assert batch.cu_seqlens is not None
+        assert batch.cu_seqlens is not None and batch.max_length is not None
+        assert int(batch.cu_seqlens.diff().max()) <= batch.max_length
         assert int(batch.cu_seqlens[-1]) == total
         for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
             assert 1 <= end - start <= 4

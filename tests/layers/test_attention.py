@@ -93,8 +93,11 @@ def test_packed_documents_equal_the_sequences_alone(shape: dict[str, int], carri
     layer, parts = make(**shape), texts()
     borders = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
     state = layer.new_state(len(parts)) if carried else None
-    output = layer(torch.cat(parts)[None], cu_seqlens=borders, state=state)
-    torch.testing.assert_close(output[0], torch.cat([definition(layer, part) for part in parts]), **EXACT)
+    wanted = torch.cat([definition(layer, part) for part in parts])
+    for bound in (None, max(LENGTHS)):
+        given = None if state is None else state.clone()
+        output = layer(torch.cat(parts)[None], cu_seqlens=borders, max_length=bound, state=given)
+        torch.testing.assert_close(output[0], wanted, **EXACT)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -286,9 +289,12 @@ def test_a_sequence_over_the_limit_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bound", [None, 130])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("shape", [{"num_heads": 2}, {"num_heads": 4, "num_kv_heads": 2}])
-def test_on_a_gpu_packed_documents_take_the_flash_kernels(shape: dict[str, int], window: int | None) -> None:
+def test_on_a_gpu_packed_documents_take_the_flash_kernels(
+    shape: dict[str, int], window: int | None, bound: int | None
+) -> None:
     """Within rounding of float64, and what is in no document touches nothing."""
     torch.manual_seed(0)
     exact = SoftmaxAttention(64, **shape, window=window).double()
@@ -299,7 +305,7 @@ def test_on_a_gpu_packed_documents_take_the_flash_kernels(shape: dict[str, int],
     x = torch.randn(1, 180, 64).bfloat16()
     seed = torch.randn(1, 170, 64).bfloat16()
     fast = x.cuda().requires_grad_()
-    output = layer(fast, cu_seqlens=borders.cuda())
+    output = layer(fast, cu_seqlens=borders.cuda(), max_length=bound)
     assert (output[:, 170:] == 0).all()
     garbage = torch.full((1, 10, 64), 1e4, dtype=torch.bfloat16)
     gradients = torch.autograd.grad(output[:, :170], [fast, *layer.parameters()], seed.cuda())
@@ -311,7 +317,7 @@ def test_on_a_gpu_packed_documents_take_the_flash_kernels(shape: dict[str, int],
         error = (got.double().cpu() - right).norm() / right.norm()
         assert error < 0.02
     other = torch.cat((x[:, :170], garbage), 1).cuda().requires_grad_()
-    again = layer(other, cu_seqlens=borders.cuda())[:, :170]
+    again = layer(other, cu_seqlens=borders.cuda(), max_length=bound)[:, :170]
     for got, right in zip(
         torch.autograd.grad(again, list(layer.parameters()), seed.cuda()), gradients[1:], strict=True
     ):

@@ -41,6 +41,14 @@ def test_packed_documents_are_described_token_by_token(lengths: list[int], dtype
     assert described.position.tolist() == [t for length in lengths for t in range(length)]
     assert described.lengths.tolist() == lengths
     assert bool(described.valid.all())
+    assert described.max_length == sum(lengths)
+    longest = max(1, *lengths)
+    for bound in (longest, longest + 1, sum(lengths) + 1):
+        bounded = describe_sequences(torch.zeros(1, sum(lengths), 2), None, borders, bound)
+        assert bounded.max_length == min(bound, sum(lengths))
+    if longest > 1:
+        with pytest.raises(ValueError, match=f"max_length must bound every.*got {longest - 1} and one of {longest}"):
+            describe_sequences(torch.zeros(1, sum(lengths), 2), None, borders, longest - 1)
 
 
 def test_without_either_every_row_is_a_sequence() -> None:
@@ -75,3 +83,16 @@ def test_without_either_every_row_is_a_sequence() -> None:
 def test_what_does_not_fit_is_refused(shape: tuple[int, ...], mask: Any, borders: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         describe_sequences(torch.zeros(*shape), mask, borders)
+
+
+@pytest.mark.parametrize(
+    "borders, bound, message",
+    [
+        (None, 3, "it goes with cu_seqlens, which was not given"),
+        (torch.tensor([0, 4]), 0, "max_length must be at least 1, or None for T, got 0"),
+        (torch.tensor([0, 1, 4]), 2, "max_length must bound every packed sequence, got 2 and one of 3 tokens"),
+    ],
+)
+def test_a_bound_that_does_not_fit_is_refused(borders: Any, bound: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe_sequences(torch.zeros(1, 4, 3), None, borders, bound)

@@ -86,7 +86,8 @@ def test_packed_documents_equal_the_texts_alone_and_go_on() -> None:
     state = model.new_state(len(parts))
     packed = torch.cat(parts)[None]
     logits = model(packed, cu_seqlens=borders, state=state)
-    torch.testing.assert_close(model(packed, cu_seqlens=borders), logits, **EXACT)
+    for bound in (None, max(LENGTHS)):
+        torch.testing.assert_close(model(packed, cu_seqlens=borders, max_length=bound), logits, **EXACT)
     more = torch.randint(11, (len(parts), 2))
     with torch.no_grad():
         steps = torch.cat([model(more[:, t : t + 1], state=state) for t in range(2)], 1)

@@ -86,7 +86,9 @@ def test_pads_and_documents() -> None:
     tokens = draw(2, 5)
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool, device=DEVICE)
     check("mixture near", tokens, padding_mask=mask)
-    check("mixture near", tokens[:1], cu_seqlens=torch.tensor([0, 2, 2, 5], device=DEVICE))
+    borders = torch.tensor([0, 2, 2, 5], device=DEVICE)
+    for bound in (None, 3):
+        check("mixture near", tokens[:1], cu_seqlens=borders, max_length=bound)
 
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
