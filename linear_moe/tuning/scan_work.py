@@ -15,6 +15,7 @@ from linear_moe.kernels import (
     delta_walks,
     gated_deltanet,
     gla,
+    gla_walks,
     library,
     parallel_scan,
     piece_gradients,
@@ -66,10 +67,10 @@ class ScanWork:
             ]
         if self.form.decay is Decay.VECTOR:
             kernels = {
-                "prepare": (gla.prepare_kernel, {"K": K}),
-                "walk": (gla.walk_kernel, sizes),
-                "keys": (gla.keys_kernel, sizes),
-                "queries": (gla.queries_kernel, sizes),
+                "prepare": (gla_walks.prepare_kernel, {"K": K}),
+                "walk": (gla_walks.walk_kernel, sizes),
+                "keys": (gla_walks.keys_kernel, sizes),
+                "queries": (gla_walks.queries_kernel, sizes),
             }
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:

@@ -11,7 +11,7 @@ from cases import DEVICE, DTYPES, VECTOR_FORMS, Case, check, check_drawn, draw
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
-from linear_moe.kernels import blocks, gla, join
+from linear_moe.kernels import blocks, gla, gla_walks, join
 
 (FORM,) = VECTOR_FORMS
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,38 +59,50 @@ HEADS = replace(HARSH, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
 CLEAN = {"harsh": HARSH, "mild": MILD, "cut": CUT, "heads": HEADS}
 
 BUGS = {
-    "a mask dropped": (HARSH, Bug(gla, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=3)),
-    "a mask of pairs dropped": (HARSH, Bug(gla, "valid = rows < size\n", "valid = rows < size + 2\n")),
-    "a causal mask dropped": (MILD, Bug(gla, "tl.where(rows[:, None] > rows[None, :], met, 0.0)", "met")),
+    "a mask dropped": (
+        HARSH,
+        Bug(gla_walks, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=3),
+    ),
+    "a mask of pairs dropped": (HARSH, Bug(gla_walks, "valid = rows < size\n", "valid = rows < size + 2\n")),
+    "a causal mask dropped": (MILD, Bug(gla_walks, "tl.where(rows[:, None] > rows[None, :], met, 0.0)", "met")),
     "a causal mask of gradients dropped": (
         MILD,
-        Bug(gla, "tl.where(rows[:, None] > rows[None, :], pairs, 0.0)", "pairs"),
+        Bug(gla_walks, "tl.where(rows[:, None] > rows[None, :], pairs, 0.0)", "pairs"),
     ),
-    "a harsh chunk's causal mask dropped": (HARSH, Bug(gla, " & (earlier % (2 * WIDTH) < WIDTH)", "")),
-    "a level of halves forgotten": (HARSH, Bug(gla, "tl.static_range(LEVELS)", "tl.static_range(LEVELS - 1)", count=2)),
-    "key heads taken in turn": (HEADS, Bug(gla, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=3)),
+    "a harsh chunk's causal mask dropped": (HARSH, Bug(gla_walks, " & (earlier % (2 * WIDTH) < WIDTH)", "")),
+    "a level of halves forgotten": (
+        HARSH,
+        Bug(gla_walks, "tl.static_range(LEVELS)", "tl.static_range(LEVELS - 1)", count=2),
+    ),
+    "key heads taken in turn": (HEADS, Bug(gla_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=3)),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
     "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
-    "decay off by one position": (HARSH, Bug(gla, "return tl.cumsum(each, 0),", "return tl.cumsum(each, 0) - each,")),
-    "gradients decay as outputs do": (MILD, Bug(gla, "asked = (q * up)", "asked = (q * down)")),
-    "the state does not fade": (HARSH, Bug(gla, "state *= tl.exp(total)[:, None]", "state *= 1.0")),
-    "the state does not fade in mild gradients": (MILD, Bug(gla, "state *= half", "pass", count=2)),
+    "decay off by one position": (
+        HARSH,
+        Bug(gla_walks, "return tl.cumsum(each, 0),", "return tl.cumsum(each, 0) - each,"),
+    ),
+    "gradients decay as outputs do": (MILD, Bug(gla_walks, "asked = (q * up)", "asked = (q * down)")),
+    "the state does not fade": (HARSH, Bug(gla_walks, "state *= tl.exp(total)[:, None]", "state *= 1.0")),
+    "the state does not fade in mild gradients": (MILD, Bug(gla_walks, "state *= half", "pass", count=2)),
     "the state does not fade in harsh gradients": (
         HARSH,
-        Bug(gla, "state *= tl.exp(total.to(tl.float32))[None, :]", "state *= 1.0", count=2),
+        Bug(gla_walks, "state *= tl.exp(total.to(tl.float32))[None, :]", "state *= 1.0", count=2),
     ),
-    "the state is not added to": (HARSH, Bug(gla, "(tl.trans(writes), v, acc=state,", "(tl.trans(writes), v,")),
-    "the state's scale forgotten": (HARSH, Bug(gla, "state_scale * state, mask", "state, mask")),
-    "backwards as forwards": (HARSH, Bug(gla, "num_chunks - 1 - step if REVERSE else step", "step")),
+    "the state is not added to": (HARSH, Bug(gla_walks, "(tl.trans(writes), v, acc=state,", "(tl.trans(writes), v,")),
+    "the state's scale forgotten": (HARSH, Bug(gla_walks, "state_scale * state, mask", "state, mask")),
+    "backwards as forwards": (HARSH, Bug(gla_walks, "num_chunks - 1 - step if REVERSE else step", "step")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
     "a split's carry fades by another channel": (CUT, Bug(join, "* K + numbers // V,", "* K + numbers % K,")),
     "every split begins with its segment's first chunk": (
         CUT,
         Bug(gla, "splits.first_pieces(chunks, ragged, chunk)", "chunks.first[:-1][splits.owner]"),
     ),
-    "the decay's gradient one token late": (HARSH, Bug(gla, "tl.cumsum(change, 0) - change", "tl.cumsum(change, 0)")),
-    "the decay's gradient without the start": (HARSH, Bug(gla, "crossing += tl.load(", "tl.load(")),
-    "the decay's gradient not carried on": (HARSH, Bug(gla, "crossing += tl.sum(change, 0)", "pass")),
+    "the decay's gradient one token late": (
+        HARSH,
+        Bug(gla_walks, "tl.cumsum(change, 0) - change", "tl.cumsum(change, 0)"),
+    ),
+    "the decay's gradient without the start": (HARSH, Bug(gla_walks, "crossing += tl.load(", "tl.load(")),
+    "the decay's gradient not carried on": (HARSH, Bug(gla_walks, "crossing += tl.sum(change, 0)", "pass")),
 }
 
 
