@@ -25,7 +25,7 @@ def problems(draw: st.DrawFn) -> MQAR:
 
 @given(problems(), st.integers(0, 2**40))
 def test_every_key_is_asked_for_once_and_answered_by_its_value(problem: MQAR, seed: int) -> None:
-    tokens, labels, _ = mqar_batch(problem, 5, seeded(seed))
+    tokens, labels, *_ = mqar_batch(problem, 5, seeded(seed))
     assert tokens.shape == labels.shape == (5, problem.length)
     assert tokens.dtype == labels.dtype == torch.int64
     half, prefix = problem.vocab_size // 2, 2 * problem.num_pairs
@@ -56,7 +56,7 @@ def test_the_same_seed_is_the_same_batch_and_another_is_not() -> None:
 
 def test_slots_follow_the_power_law() -> None:
     problem = MQAR(vocab_size=64, length=22, num_pairs=1, power=0.01)
-    _, labels, _ = mqar_batch(problem, 20_000, seeded(0))
+    labels = mqar_batch(problem, 20_000, seeded(0)).labels
     slots = ((labels != IGNORE_INDEX).nonzero()[:, 1] - 2) // 2
     share = slots.bincount(minlength=problem.num_slots) / 20_000
     rank = torch.arange(1, problem.num_slots + 1, dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_slots_follow_the_power_law() -> None:
 
 def test_the_second_draw_is_from_what_is_left() -> None:
     problem = MQAR(vocab_size=64, length=10, num_pairs=2, power=0.5)
-    tokens, labels, _ = mqar_batch(problem, 40_000, seeded(1))
+    tokens, labels, *_ = mqar_batch(problem, 40_000, seeded(1))
     second = (tokens == tokens[:, 2:3]) & (labels != IGNORE_INDEX)
     slot = (second.int().argmax(1) - 4) // 2
     p = torch.arange(1, 4, dtype=torch.float64) ** -0.5
@@ -77,7 +77,7 @@ def test_the_second_draw_is_from_what_is_left() -> None:
 
 def test_keys_values_and_filler_are_uniform() -> None:
     problem = MQAR(vocab_size=16, length=40, num_pairs=3, filler="uniform")
-    tokens, labels, _ = mqar_batch(problem, 10_000, seeded(2))
+    tokens, labels, *_ = mqar_batch(problem, 10_000, seeded(2))
     for column, low, high in ((0, 1, 8), (4, 1, 8), (1, 8, 16), (5, 8, 16)):
         share = tokens[:, column].bincount(minlength=16)[low:high] / 10_000
         assert (share - 1 / (high - low)).abs().max() < 4 * (0.25 / 10_000) ** 0.5

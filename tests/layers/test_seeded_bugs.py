@@ -121,7 +121,7 @@ def _described(patch: Patch, change: Callable[[Sequences], Sequences]) -> None:
     patch.setattr(
         recurrent_mixer,
         "describe_sequences",
-        lambda x, padding_mask, cu_seqlens: change(describe_sequences(x, padding_mask, cu_seqlens)),
+        lambda *given: change(describe_sequences(*given)),
     )
 
 
