@@ -34,8 +34,9 @@ from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, choices, r
 def choose_launch(dtype: torch.dtype) -> Launch:
     """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
 
-    The delta rule's, ms at 98,304 tokens in 40 segments: 2.35 (2.54 as three launches of 128 rows and 8 warps); 3 stages 3.16,
-    128 rows and 8 warps 2.64, with columns of 64 and 2 stages 2.90. Without erase at B8 T4096: 0.548 (0.642); 0.565.
+    The delta rule's, ms at 98,304 tokens in 40 segments: 2.35; where each read had a launch of its own, of 128 rows, 8 warps,
+    2.54; 3 stages 3.16; 128 rows and 8 warps 2.63, with columns of 64 and 2 stages 2.90. Without erase at B8 T4096: 0.53, where
+    each had its own 0.64; 128 rows and 8 warps 0.57.
     """
     launch = piece_reads.choose_launch(dtype)
     # Two programs a multiprocessor.
