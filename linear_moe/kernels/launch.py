@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ Key = tuple[object, ...]
 _compiled: dict[Key, Any] = {}
 _constants: dict[int, list[str]] = {}
 _recorder: _Recorder | None = None
+_local = threading.local()
 
 
 def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | None, **options: Any) -> None:
@@ -28,6 +30,9 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     if not hasattr(kernel, "params"):
         # The interpreter compiles nothing.
         kernel[(grid,)](*arguments, **options)
+        return
+    if getattr(_local, "compiling", False) and "num_warps" in options:
+        kernel.warmup(*arguments, grid=(grid,), **options)
         return
     key = (
         id(kernel),
@@ -55,6 +60,20 @@ def _specialization(argument: Tensor | int | float | None) -> object:
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return float
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, in this thread, kernels are compiled and not launched; what they would have made is anything.
+
+    But for those without launch parameters of their own: they are small, and what they make, such as where pieces lie, is
+    looked up by what comes after them.
+    """
+    _local.compiling = True
+    try:
+        yield
+    finally:
+        _local.compiling = False
 
 
 class Launched(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay
 from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan
+from linear_moe.kernels.compile_ahead import compile_ahead
 from linear_moe.kernels.operator import operator
 from linear_moe.kernels.splits import Ragged
 
@@ -35,6 +36,11 @@ def _states_like(k: Tensor, v: Tensor, count: int | None, columns: int | None = 
 
 def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
     return None if length is None else ragged.num_pieces(v.shape[0], length)
+
+
+def _kind(name: str, *given: Any) -> tuple[Any, ...]:
+    """What a call's kernels are compiled for: of tensors the dtype and the sizes but for the number of tokens or segments."""
+    return (name, *((x.dtype, x.shape[1:], x.requires_grad) if isinstance(x, Tensor) else x for x in given))
 
 
 def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -62,11 +68,25 @@ def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ragged, kernels = Ragged(cu_seqlens, max_length, dense), _scan_of(k, v)
+
+    def forward() -> Any:
+        return kernels.forward(
+            q, k, v, log_decay, initial_state, ragged, decay=Decay(decay), scale=scale, want_final=want_final
+        )
+
+    def both() -> None:
+        starts = forward().starts
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            want_decay = log_decay is not None and log_decay.requires_grad
+            kernels.backward(
+                torch.empty_like(v), None, q, k, v, log_decay, initial_state, starts, ragged, decay=Decay(decay),
+                scale=scale, want_decay=want_decay,
+            )  # fmt: skip
+
     with torch.cuda.device_of(v):
-        made = _scan_of(k, v).forward(
-            q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
-            want_final=want_final,
-        )  # fmt: skip
+        compile_ahead(v.device, _kind("scalar_scan", q, k, v, log_decay, initial_state, dense, want_final, decay), both)
+        made = forward()
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
 
@@ -141,10 +161,19 @@ def _vector(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ragged = Ragged(cu_seqlens, max_length, dense)
+
+    def forward() -> Any:
+        return gla.forward(q, k, v, log_decay, initial_state, ragged, scale=scale, want_final=want_final)
+
+    def both() -> None:
+        starts = forward().starts
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            gla.backward(torch.empty_like(v), None, q, k, v, log_decay, initial_state, starts, ragged, scale=scale)
+
     with torch.cuda.device_of(v):
-        made = gla.forward(
-            q, k, v, log_decay, initial_state, Ragged(cu_seqlens, max_length, dense), scale=scale, want_final=want_final
-        )
+        compile_ahead(v.device, _kind("gla", q, k, v, log_decay, initial_state, dense, want_final), both)
+        made = forward()
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
 
@@ -202,11 +231,35 @@ def _delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor, max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.cuda.device_of(v):
-        made = gated_deltanet.forward(
-            q, k, v, log_decay, beta, initial_state, Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale,
-            want_final=want_final, keep=keep,
+    ragged = Ragged(cu_seqlens, max_length, dense)
+
+    def forward() -> gated_deltanet.Forward:
+        return gated_deltanet.forward(
+            q, k, v, log_decay, beta, initial_state, ragged, decay=Decay(decay), scale=scale, want_final=want_final,
+            keep=keep,
         )  # fmt: skip
+
+    def both() -> None:
+        kept = forward().kept
+        if kept is not None:
+            gated_deltanet.backward(
+                torch.empty_like(v),
+                None,
+                q,
+                k,
+                log_decay,
+                beta,
+                initial_state,
+                kept,
+                ragged,
+                decay=Decay(decay),
+                scale=scale,
+            )
+
+    with torch.cuda.device_of(v):
+        kind = _kind("gated_deltanet", q, k, v, log_decay, initial_state, dense, want_final, decay, keep)
+        compile_ahead(v.device, kind, both)
+        made = forward()
     kept: tuple[Tensor | None, ...] = (None,) * 6
     if made.kept is not None:
         kept = (made.kept.wrong, *made.kept.solved, made.kept.starts, made.kept.transitions, made.kept.states)
