@@ -71,6 +71,17 @@ def state_offsets(piece, head, HEADS: tl.constexpr, rows, columns, ROWS: tl.cons
 
 
 @triton.jit
+def rate_of(decay_ptr, head, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """The log decay of a head whose decay is constant, as exact as the results are to be."""
+    rate = 0.0
+    if DECAY == HEAD_DECAY:
+        rate = tl.load(decay_ptr + head)
+        if PRECISION == "ieee":
+            rate = rate.to(tl.float64)
+    return rate
+
+
+@triton.jit
 def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY: tl.constexpr):
     """Sums of the log decays up to each row of a chunk, and over its `num_rows` rows.
 

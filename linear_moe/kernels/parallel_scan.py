@@ -32,6 +32,7 @@ from linear_moe.kernels.blocks import (
     num_processors,
     piece_of,
     precision_of,
+    rate_of,
     state_offsets,
     sum_heads,
     summed_decays,
@@ -87,10 +88,12 @@ segments are cut are the frozen table's."""
 @triton.jit
 def _sum_before(decay_ptr, rate, head, piece_start, row, num_tokens, DECAY: tl.constexpr):
     """The sum of a piece's log decays before its `row`."""
+    # One return: the compiler wants the same type from both, and an exact rate is a float64.
     if DECAY == HEAD_DECAY:
-        return rate * row
-    at = decay_ptr + head.to(tl.int64) * num_tokens + piece_start
-    return tl.load(at + (row - 1), mask=row > 0, other=0.0)
+        total = rate * row
+    else:
+        total = tl.load(decay_ptr + head.to(tl.int64) * num_tokens + piece_start + (row - 1), mask=row > 0, other=0.0)
+    return total
 
 
 @triton.jit
@@ -139,11 +142,7 @@ def states_kernel(
         state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
     else:
         state = tl.zeros((K_TILE, V_TILE), tl.float32)
-    rate = 0.0
-    if DECAY == HEAD_DECAY:
-        rate = tl.load(decay_ptr + head)
-        if PRECISION == "ieee":
-            rate = rate.to(tl.float64)
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     if total_ptr is not None:
         all_decay = 0.0
     if states_ptr is not None:

@@ -25,10 +25,18 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels import piece_reads
-from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, store_rows, summed_decays
+from linear_moe.kernels.blocks import (
+    DECAY_NAMES,
+    NO_DECAY,
+    load_rows,
+    piece_of,
+    rate_of,
+    store_rows,
+    summed_decays,
+)
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, choices, rate_of, read_rows, read_state
+from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, choices, read_rows, read_state
 
 
 def choose_launch(dtype: torch.dtype) -> Launch:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import (
     DECAY_NAMES,
-    HEAD_DECAY,
     NO_DECAY,
     block_of,
     load_rows,
     pair_decays,
     piece_of,
     precision_of,
+    rate_of,
     state_offsets,
     store_rows,
     summed_decays,
@@ -174,17 +174,6 @@ def read_rows(
         o, own, a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head, num_tokens, factor, begin, end,
         HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, APART, PRECISION,
     )  # fmt: skip
-
-
-@triton.jit
-def rate_of(decay_ptr, head, DECAY: tl.constexpr, PRECISION: tl.constexpr):
-    """The log decay of a head whose decay is constant, as exact as the results are to be."""
-    rate = 0.0
-    if DECAY == HEAD_DECAY:
-        rate = tl.load(decay_ptr + head)
-        if PRECISION == "ieee":
-            rate = rate.to(tl.float64)
-    return rate
 
 
 @triton.jit

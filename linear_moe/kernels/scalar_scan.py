@@ -25,7 +25,6 @@ from linear_moe.forms import Decay
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     DECAY_NAMES,
-    HEAD_DECAY,
     NO_DECAY,
     block_of,
     cdiv,
@@ -36,6 +35,7 @@ from linear_moe.kernels.blocks import (
     pair_decays,
     piece_of,
     precision_of,
+    rate_of,
     state_offsets,
     store_rows,
     sum_heads,
@@ -148,11 +148,7 @@ def scan_kernel(
         state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / state_scale
     else:
         state = tl.zeros((K_BLOCK, V_TILE), tl.float32)
-    rate = 0.0
-    if DECAY == HEAD_DECAY:
-        rate = tl.load(decay_ptr + head)
-        if PRECISION == "ieee":
-            rate = rate.to(tl.float64)
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     if total_ptr is not None:
         all_decay = 0.0
 
