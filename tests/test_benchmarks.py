@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "chunked_vs_rec
 
 
 def test_chunked_vs_recurrent(tmp_path: Path) -> None:
-    options = ["--tokens", "70", "--repeats", "1", "--output", tmp_path / "results"]
+    options = ["--tokens", "70", "--rounds", "1", "--output", tmp_path / "results"]
     command = [sys.executable, "-W", "error", SCRIPT, *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
