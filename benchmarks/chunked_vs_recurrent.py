@@ -3,7 +3,7 @@
     python benchmarks/chunked_vs_recurrent.py
 
 Prints a table and writes it, with what it was measured on, to benchmarks/results/chunked_vs_recurrent.csv. The figures are
-those of the best calls: other work on the machine can only add, and delays a call of two threads more than one of one thread. The
+those of the best calls: other work on the machine can only add, and delays a call of two threads more than one of one. The
 speed-up by the medians stands beside them.
 """
 

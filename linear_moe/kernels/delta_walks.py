@@ -39,16 +39,19 @@ def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISIO
     """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32, by doubling the blocks that are inverted.
 
     With X the inverse of the blocks of one width and L what joins two of them, the pair's inverse is X - X L X: block
-    substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel).
+    substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel). Exact results
+    take float64, in which what a product rounds away of nearly parallel keys does not matter.
     """
+    dtype: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+    lower = lower.to(dtype)
     rows = tl.arange(0, SIZE)
     row, column = rows[:, None], rows[None, :]
     inverse = tl.where(row == column, 1.0, tl.where((row == column + 1) & (row % 2 == 1), -lower, 0.0))
     for level in tl.static_range(1, LEVELS):
         joins = (row // (2 << level) == column // (2 << level)) & (row // (1 << level) != column // (1 << level))
-        step = tl.dot(tl.where(joins, lower, 0.0), inverse, input_precision=PRECISION)
-        inverse -= tl.dot(inverse, step, input_precision=PRECISION)
-    return inverse
+        step = tl.dot(tl.where(joins, lower, 0.0), inverse, input_precision=PRECISION, out_dtype=dtype)
+        inverse -= tl.dot(inverse, step, input_precision=PRECISION, out_dtype=dtype)
+    return inverse.to(tl.float32)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import combine, slot_plan, slot_sum
+from linear_moe.kernels import routed_product as _routed_product
 from linear_moe.kernels.operator import FLOATS, check_tensor, operator
 from linear_moe.kernels.slot_plan import SlotPlan
 
@@ -157,15 +158,34 @@ def combine_reads(
 
 
 @operator("sum_slots")
-def sum_slots(slots: Tensor, place: Tensor) -> Tensor:
-    """Rows `[R, C]` summed in float32 over each token's places `[S, F]` in their order, but for negative ones: `[S, C]`."""
+def sum_slots(slots: Tensor, place: Tensor, addend: Tensor | None = None) -> Tensor:
+    """Rows `[R, C]` summed in float32 over each token's places `[S, F]` in their order, but for negative ones: `[S, C]`.
+
+    They are added to the addend `[S, C]`, if there is one.
+    """
     with torch.cuda.device_of(slots):
-        return slot_sum.forward(slots, place, None, None)
+        return slot_sum.forward(slots, place, None, addend)
 
 
 @torch.library.register_fake("linear_moe::sum_slots")
-def _(slots, place):
+def _(slots, place, addend=None):
     return slots.new_empty(place.shape[0], slots.shape[1])
+
+
+@operator("routed_product")
+def routed_product(x: Tensor, source: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Row r is `x[source[r]]` times the matrix of its group: `[R, O]` of contiguous `x` `[S, I]` and `weight` `[G, O, I]`.
+
+    `source` is `[R]`, sorted by group; `ends` `[G]` int32 says where each group's rows end, the last at R at most. Rows past it
+    are anything.
+    """
+    with torch.cuda.device_of(x):
+        return _routed_product.product(x, source, weight, ends)
+
+
+@torch.library.register_fake("linear_moe::routed_product")
+def _(x, source, weight, ends):
+    return x.new_empty(source.shape[0], weight.shape[1])
 
 
 @operator("weighted_sum")

@@ -45,9 +45,11 @@ def _route(
 @torch.library.register_fake("linear_moe::route")
 def _(x, weight, valid, bias, top_k, shared, sigmoid, renormalize, balance_weight, z_weight):
     tokens, choices = x.shape[0], weight.shape[0]
+    # A traced integer plus a bool is no integer to every release of torch.
+    num_picks = top_k + 1 if shared else top_k
     return (
-        x.new_empty(tokens, top_k + shared, dtype=torch.float32),
-        x.new_empty(tokens, top_k + shared, dtype=torch.int64),
+        x.new_empty(tokens, num_picks, dtype=torch.float32),
+        x.new_empty(tokens, num_picks, dtype=torch.int64),
         x.new_empty((), dtype=torch.float32),
         x.new_empty(choices + kernels.NUM_SCALARS, dtype=torch.float32),
         x.new_empty(tokens, choices, dtype=torch.float32),

@@ -270,7 +270,9 @@ class RecurrentMixer(nn.Module, ABC):
 
         cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
         if kernels and self.conv_parts is not None:
-            raw, conv_state = self._project_and_convolve(tokens, plan, cu_memories, fan_out, conv_state, covered)
+            raw, conv_state, tokens = self._project_and_convolve(
+                tokens, plan, cu_memories, fan_out, conv_state, covered
+            )
             normalized = self.conv_norms
         else:
             raw = self._project(tokens, plan, cu_memories, fan_out, covered)
@@ -375,9 +377,11 @@ class RecurrentMixer(nn.Module, ABC):
         fan_out: int,
         conv_state: Tensor | None,
         covered: bool,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
         a token and read through the plan.
+
+        The third result is the tokens, for their other uses.
         """
         assert self.conv_parts is not None and self.conv_weight is not None
         conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states)
@@ -387,12 +391,14 @@ class RecurrentMixer(nn.Module, ABC):
             projected = None
             if conv.source is not None and conv.place is not None:
                 place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
-                projected = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place)
+                routed = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place)
+                if routed is not None:
+                    projected, tokens = routed
             # What it leaves in rows of no memory is anything: the convolution reads none of them.
             loose = projected is not None and not covered
             if projected is None:
-                routed = gather_tokens(tokens, plan, fan_out, kernel=True)
-                projected = self._memory_linear(routed, self.memory_weight, cu_memories, covered)
+                gathered = gather_tokens(tokens, plan, fan_out, kernel=True)
+                projected = self._memory_linear(gathered, self.memory_weight, cu_memories, covered)
             # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
             leading = self.leading_parts
             count = 0
@@ -422,7 +428,7 @@ class RecurrentMixer(nn.Module, ABC):
             if not self._convolves(name):
                 value = self._finish(name, raw[name], plan, cu_memories, covered)
                 raw[name] = activate(value, self.activations[name])
-        return raw, conv.carried()
+        return raw, conv.carried(), tokens
 
     def _convolves(self, name: str) -> bool:
         return name in self.convolved
