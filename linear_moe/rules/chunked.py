@@ -69,7 +69,8 @@ def chunked(
     Returns:
         The reads `[S, H, V]` and the final state `[N, H, K, V]`.
     """
-    reuses = segments.dense and not torch.is_grad_enabled()
+    # On a GPU parts, which are small, would leave it waiting for calls.
+    reuses = segments.dense and not torch.is_grad_enabled() and tokens.v.device.type == "cpu"
     chunks = cut(segments, _chunk_length(form, tokens, segments, recorded=not reuses), tokens.v.shape[1])
     work = Workspace(tokens.v, TENSORS_A_PART * min(NUMBERS_A_PART, tokens.v.numel()) if reuses else None)
     state = initial_state.flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def draw(
 
 def definition(inputs: Inputs) -> Tensor:
     """Of the rows that have a group."""
-    count = int(inputs["ends"][-1])
-    group = torch.searchsorted(inputs["ends"], torch.arange(count, device=DEVICE), right=True)
-    return torch.einsum("ri,roi->ro", inputs["x"][inputs["source"][:count]], inputs["weight"][group])
+    borders = [0, *inputs["ends"].tolist()]
+    rows = inputs["x"][inputs["source"]]
+    groups = zip(itertools.pairwise(borders), inputs["weight"], strict=True)
+    return torch.cat([rows[start:end] @ weight.t() for (start, end), weight in groups])
 
 
 def kernel(inputs: Inputs) -> Tensor:

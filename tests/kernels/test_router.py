@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, DTYPES
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scan_laws import Patch, assert_same_bits, poisoned_memory
 from seeding import Bug, in_the_interpreter, over_the_budget, seed
@@ -157,10 +157,24 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+def tied(case: Case, inputs: Inputs) -> bool:
+    """Whether float32 may not tell the picks of some token: of saturated sigmoids many are the same number."""
+    x, weight = inputs["x"].double(), inputs["weight"].double()
+    logits, spread = x @ weight.t(), (x.square() @ weight.square().t()).sqrt()
+    scores = logits.softmax(-1) if case.score == "softmax" else logits.sigmoid()
+    error = torch.finfo(torch.float32).eps * scores * (1 + (1 - scores) * spread)
+    scores, order = (scores + inputs.get("bias", 0.0)).sort(-1, descending=True)
+    error = error.gather(-1, order)
+    close = scores[:, :-1] - scores[:, 1:] < 4 * torch.maximum(error[:, :-1], error[:, 1:])
+    return bool(close[inputs["valid"], : case.top_k].any())
+
+
 @settings(max_examples=15 if DEVICE == "cpu" else 200)
 @given(cases())
 def test_drawn_shapes_are_within_the_budget(case: Case) -> None:
-    check(case)
+    inputs = draw(case)
+    assume(not tied(case, inputs))
+    check(case, inputs)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from linear_moe.kernels import combine, decode_tokens, residual_norm, router, slot_conv
+from linear_moe.kernels import combine, decode_tokens, mixing, residual_norm, router, slot_conv
 from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer, routing
 from linear_moe.testing.budget import assert_within_budget
 
@@ -101,22 +101,26 @@ def test_pads_and_documents() -> None:
 
 
 def test_rows_of_no_memory_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grouped matmul leaves the rows behind its last group as they were in memory."""
-    product = F.grouped_mm
+    """Products by group leave the rows behind the last group as they were in memory."""
+    by_index, by_group = mixing.routed_product, F.grouped_mm
     poisoned = []
 
-    def poison(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
-        made = product(a, b, offs=offs)
+    def poison(made: Tensor, end: int) -> Tensor:
         if made.dim() == 2:
-            poisoned.append(made.shape[0] - int(offs[-1]))
-            made[int(offs[-1]) :] = torch.nan
+            poisoned.append(made.shape[0] - end)
+            made[end:] = torch.nan
         return made
 
-    monkeypatch.setattr(F, "grouped_mm", poison)
+    def routed_product(x: Tensor, source: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return poison(by_index(x, source, weight, ends), int(ends[-1]))
+
+    monkeypatch.setattr(mixing, "routed_product", routed_product)
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, *, offs: poison(by_group(a, b, offs=offs), int(offs[-1])))
     x = tokens(2, 8)
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool, device=DEVICE)
     check("gated_deltanet", x, given={"padding_mask": mask})
-    assert max(poisoned) == 18
+    # On a GPU float32 takes neither.
+    assert set(poisoned) == ({18} if DEVICE == "cpu" else set())
 
 
 @torch.no_grad()
