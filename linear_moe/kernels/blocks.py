@@ -178,6 +178,33 @@ def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> T
     return sums
 
 
+@triton.jit
+def _sum_rows_kernel(x_ptr, sum_ptr, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, num_rows, ROWS):
+        inside = (first + row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(x_ptr + (first + row).to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+    tl.store(sum_ptr + column, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=column < WIDTH)
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What many programs each made a part of: `[R, *]` float32, contiguous, summed to `[*]` of `dtype`, always in one order.
+
+    Rows are many and short: a program takes the few columns that are one read of the memory's, of all rows. torch's sum takes
+    28 us on an H100 for 12 MB.
+    """
+    total = x.new_empty(x.shape[1:], dtype=dtype)
+    if total.numel():
+        rows, columns = (512, 16) if x.is_cuda else (64, 512)
+        launch_kernel(
+            _sum_rows_kernel, cdiv(total.numel(), columns), x, total, x.shape[0], WIDTH=total.numel(),
+            ROWS=block_of(x.shape[0], rows), COLUMNS=columns, num_warps=8,
+        )  # fmt: skip
+    return total
+
+
 def block_of(size: int, largest: int | None = None) -> int:
     """The power of two, at least 16 (what a product of tiles needs), that holds `size`, or `largest` if that is less."""
     block = max(16, 1 << (size - 1).bit_length())

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import cdiv, sigmoids
+from linear_moe.kernels.blocks import cdiv, sigmoids, sum_rows
 from linear_moe.kernels.launch import launch_kernel
 
 LARGEST_VALUE_DIM = 256
@@ -223,4 +223,4 @@ def backward(
         SLOTS_BLOCK=1 << (reads.shape[0] // num_tokens - 1).bit_length(),
         **_sizes(reads, num_tokens, LAUNCH.backward),
     )
-    return Gradients(d_reads, d_weights, d_gate, d_norm.sum(0).to(norm_weight.dtype))
+    return Gradients(d_reads, d_weights, d_gate, sum_rows(d_norm, norm_weight.dtype))

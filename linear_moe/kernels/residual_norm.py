@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import cdiv
+from linear_moe.kernels.blocks import cdiv, sum_rows
 from linear_moe.kernels.launch import launch_kernel
 
 LARGEST_WIDTH = 8192
@@ -170,4 +170,4 @@ def backward(
         ROWS=LAUNCH.rows,
         **_sizes(width, LAUNCH.backward),
     )
-    return Gradients(d_residual, d_branch, None if parts is None else parts.sum(0).to(weight.dtype))
+    return Gradients(d_residual, d_branch, None if parts is None else sum_rows(parts, weight.dtype))

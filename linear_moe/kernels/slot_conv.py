@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels import slot_sum
-from linear_moe.kernels.blocks import block_of, cdiv
+from linear_moe.kernels.blocks import block_of, cdiv, sum_rows
 from linear_moe.kernels.launch import launch_kernel
 
 NORM_EPS = tl.constexpr(1e-6)
@@ -510,11 +510,12 @@ def backward(
             HEAD=head,
             num_warps=BACKWARD.num_warps(block, conv.width),
         )
-    summed = sums.sum(0)
+    weight, bias = conv.weight, conv.bias
+    summed = sum_rows(sums, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype))
     return Gradients(
         d_slots if d_slots is None or conv.source is None else _sum_of_readers(d_slots, place),
-        summed[: conv.width].T.contiguous().to(conv.weight.dtype),
-        None if conv.bias is None else summed[conv.width].to(conv.bias.dtype),
+        summed[: conv.width].T.contiguous().to(weight.dtype),
+        None if bias is None else summed[conv.width].to(bias.dtype),
     )
 
 

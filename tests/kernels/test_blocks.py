@@ -10,7 +10,7 @@ import triton.language as tl
 from cases import DEVICE
 from torch import Tensor
 
-from linear_moe.kernels.blocks import chunk_sums, zero_uncovered
+from linear_moe.kernels.blocks import chunk_sums, sum_rows, zero_uncovered
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.delta_walks import unit_lower_inverse
 from linear_moe.kernels.splits import cut, whole
@@ -88,6 +88,16 @@ def test_rows_past_the_last_border_become_0(dtype: torch.dtype, lengths: list[in
         expected[covered:-1] = 0
         zero_uncovered(memory[:-1], borders_of(lengths))
         assert torch.equal(memory, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 512), (65, 7, 80), (513, 2, 300), (1500, 33), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_summed(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).to(DEVICE)
+    made = sum_rows(x, dtype)
+    assert made.dtype == dtype and torch.equal(made, sum_rows(x, dtype))
+    exact = x.double().sum(0)
+    assert_within_budget({"sum": made}, {"sum": exact.to(dtype)}, {"sum": exact}, terms={"sum": x.double().abs().sum(0)})
 
 
 def test_nothing_to_set_to_0() -> None:
