@@ -158,17 +158,17 @@ def combine_reads(
 
 
 @operator("sum_slots")
-def sum_slots(slots: Tensor, place: Tensor, addend: Tensor | None = None) -> Tensor:
+def sum_slots(slots: Tensor, place: Tensor, addend: Tensor | None = None, second: Tensor | None = None) -> Tensor:
     """Rows `[R, C]` summed in float32 over each token's places `[S, F]` in their order, but for negative ones: `[S, C]`.
 
-    They are added to the addend `[S, C]`, if there is one.
+    They are added to the addends `[S, C]`, contiguous, if there are any.
     """
     with torch.cuda.device_of(slots):
-        return slot_sum.forward(slots, place, None, addend)
+        return slot_sum.forward(slots, place, None, addend, second)
 
 
 @torch.library.register_fake("linear_moe::sum_slots")
-def _(slots, place, addend=None):
+def _(slots, place, addend=None, second=None):
     return slots.new_empty(place.shape[0], slots.shape[1])
 
 
@@ -191,7 +191,7 @@ def _(x, source, weight, ends):
 @operator("weighted_sum")
 def _weighted_sum(slots: Tensor, place: Tensor, weights: Tensor, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
     with torch.cuda.device_of(slots):
-        return slot_sum.forward(slots, place, weights, addend, dtype)
+        return slot_sum.forward(slots, place, weights, addend, dtype=dtype)
 
 
 @torch.library.register_fake("linear_moe::weighted_sum")

@@ -47,7 +47,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _sum_kernel(
-    slots_ptr, place_ptr, weights_ptr, addend_ptr, sum_ptr, num_tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    slots_ptr, place_ptr, weights_ptr, addend_ptr, second_ptr, sum_ptr, num_tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, FAN_OUT: tl.constexpr,
 ):  # fmt: skip
     NUM_TILES: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
@@ -60,6 +60,8 @@ def _sum_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     if addend_ptr is not None:
         total += tl.load(addend_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if second_ptr is not None:
+        total += tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32)
     for f in range(FAN_OUT):
         place = tl.load(place_ptr + token * FAN_OUT + f, mask=exists, other=-1)
         read = tl.load(
@@ -96,11 +98,18 @@ def _backward_kernel(
 
 
 def forward(
-    slots: Tensor, place: Tensor, weights: Tensor | None, addend: Tensor | None, dtype: torch.dtype | None = None
+    slots: Tensor,
+    place: Tensor,
+    weights: Tensor | None,
+    addend: Tensor | None,
+    second: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sum rows of `slots` `[R, C]` over each token's places `[S, F]`, but for negative ones: `[S, C]`.
 
-    `weights` are `[S, F]` float32, the `addend` is `[S, C]`, `dtype` that of the slots unless given. Everything is contiguous.
+    `weights` are `[S, F]` float32, the `addend` and a `second` one `[S, C]`, `dtype` that of the slots unless given. Everything
+    is contiguous.
     """
     (num_tokens, fan_out), channels = place.shape, slots.shape[1]
     total = slots.new_empty(num_tokens, channels, dtype=dtype)
@@ -114,6 +123,7 @@ def forward(
             place,
             weights,
             addend,
+            second,
             total,
             num_tokens,
             CHANNELS=channels,

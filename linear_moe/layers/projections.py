@@ -61,7 +61,7 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
 
 
 class _RoutedLinear(torch.autograd.Function):
-    """The tokens come out once more: what their other uses send back is added where the slots' gradients are summed.
+    """The tokens come out twice more: what their other uses send back is added where the slots' gradients are summed.
 
     The gathered rows, as large as k and v together, are not kept: a kernel reads them through the index, and torch's products
     of the backward pass gather them again.
@@ -70,7 +70,7 @@ class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from linear_moe.kernels.mixing import routed_product
 
         ctx.save_for_backward(tokens, weight, ends, source, place)
@@ -80,24 +80,24 @@ class _RoutedLinear(torch.autograd.Function):
             product = routed_product(tokens, source, weight, ends)
         else:
             product = F.grouped_mm(tokens.index_select(0, source), weight.mT, offs=ends)
-        return product, tokens.view_as(tokens)
+        return product, tokens.view_as(tokens), tokens.view_as(tokens)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, gradient: Tensor | None, of_others: Tensor | None
+        ctx: Any, gradient: Tensor | None, *of_others: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         from linear_moe.kernels.mixing import sum_slots
 
-        if gradient is None:
-            return of_others, None, None, None, None
         tokens, weight, ends, source, place = ctx.saved_tensors
+        if gradient is None:
+            gradient = tokens.new_zeros(source.shape[0], weight.shape[1])
         gradient = gradient.contiguous()
         wants_tokens, wants_weight, *_ = ctx.needs_input_grad
         of_tokens = of_weight = None
         if wants_tokens:
-            others = None if of_others is None else of_others.contiguous()
-            of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place, others)
+            others = [each.contiguous() for each in of_others if each is not None]
+            of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place, *others)
         if wants_weight:
             of_weight = F.grouped_mm(gradient.mT, tokens.index_select(0, source), offs=ends)
         return of_tokens, of_weight, None, None, None
@@ -105,7 +105,7 @@ class _RoutedLinear(torch.autograd.Function):
 
 def routed_linear(
     tokens: Tensor, weight: Tensor, cu_groups: Tensor, source: Tensor, place: Tensor
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """`grouped_linear` of the tokens that slots are routed to, where every slot belongs to a group.
 
     Args:
@@ -116,15 +116,17 @@ def routed_linear(
         place: `[S, F]` the inverse: the slots of each token.
 
     Returns:
-        `[R, O]`, and the tokens for their other uses, in the dtype of the product: so their gradients are added up in one pass.
-        None where torch's grouped matmul does not take the case.
+        `[R, O]`, and twice the tokens, for two other uses, in the dtype of the product: so the gradients of all are added up in
+        one pass. None where torch's grouped matmul does not take the case.
     """
     dtype = autocast_dtype(tokens)
     tokens, weight = tokens.to(dtype), weight.to(dtype)
     if not _grouped_mm_takes(tokens, weight):
         return None
     ends = cu_groups[1:].to(torch.int32)
-    made: tuple[Tensor, Tensor] = _RoutedLinear.apply(tokens.contiguous(), weight.contiguous(), ends, source, place)
+    made: tuple[Tensor, Tensor, Tensor] = _RoutedLinear.apply(
+        tokens.contiguous(), weight.contiguous(), ends, source, place
+    )
     return made
 
 

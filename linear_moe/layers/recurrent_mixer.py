@@ -381,11 +381,12 @@ class RecurrentMixer(nn.Module, ABC):
         """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
         a token and read through the plan.
 
-        The third result is the tokens, for their other uses.
+        The third result is the tokens for the output's gate.
         """
         assert self.conv_parts is not None and self.conv_weight is not None
         conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states)
         raw: dict[str, Tensor] = {}
+        for_gate = tokens
         if self.memory_weight is not None:
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
             projected = None
@@ -393,7 +394,7 @@ class RecurrentMixer(nn.Module, ABC):
                 place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
                 routed = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place)
                 if routed is not None:
-                    projected, tokens = routed
+                    projected, tokens, for_gate = routed
             # What it leaves in rows of no memory is anything: the convolution reads none of them.
             loose = projected is not None and not covered
             if projected is None:
@@ -428,7 +429,7 @@ class RecurrentMixer(nn.Module, ABC):
             if not self._convolves(name):
                 value = self._finish(name, raw[name], plan, cu_memories, covered)
                 raw[name] = activate(value, self.activations[name])
-        return raw, conv.carried(), tokens
+        return raw, conv.carried(), for_gate
 
     def _convolves(self, name: str) -> bool:
         return name in self.convolved

@@ -97,7 +97,9 @@ def test_rows_are_summed(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     made = sum_rows(x, dtype)
     assert made.dtype == dtype and torch.equal(made, sum_rows(x, dtype))
     exact = x.double().sum(0)
-    assert_within_budget({"sum": made}, {"sum": exact.to(dtype)}, {"sum": exact}, terms={"sum": x.double().abs().sum(0)})
+    assert_within_budget(
+        {"sum": made}, {"sum": exact.to(dtype)}, {"sum": exact}, terms={"sum": x.double().abs().sum(0)}
+    )
 
 
 def test_nothing_to_set_to_0() -> None:

@@ -132,6 +132,9 @@ def test_without_weights_some_may_be_missing() -> None:
     slots, place = torch.randn(6, 5, device=DEVICE), torch.tensor([[4, 1], [0, -1], [-1, -1]], device=DEVICE)
     expected = torch.stack([slots[4] + slots[1], slots[0], torch.zeros(5, device=DEVICE)])
     assert torch.equal(mixing.sum_slots(slots, place), expected)
+    one, other = torch.randn(2, 3, 5, device=DEVICE).unbind()
+    torch.testing.assert_close(mixing.sum_slots(slots, place, one), expected + one)
+    torch.testing.assert_close(mixing.sum_slots(slots, place, one, other), expected + one + other)
 
 
 HALF = DTYPES[-1]
