@@ -173,7 +173,10 @@ def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def _no_waiting() -> Iterator[None]:
     """What waits for the device is a RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # Torch says that it may miss some.
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
