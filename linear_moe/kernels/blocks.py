@@ -31,6 +31,22 @@ def piece_of(borders_ptr, stride, piece):
     return start, size
 
 
+@triton.constexpr_function
+def divides(part, whole):
+    """Whether tiles of `part` make up the `whole`: then none reaches past it, and no column need be compared with it."""
+    return whole % part == 0
+
+
+@triton.jit
+def rows_mask(valid, columns, WIDTH: tl.constexpr):
+    """Of a tile `[rows, columns]`."""
+    if divides(columns.shape[0], WIDTH):
+        mask = valid[:, None]
+    else:
+        mask = valid[:, None] & (columns < WIDTH)[None, :]
+    return mask
+
+
 @triton.jit
 def load_rows(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, columns, valid):
     """The tile `[rows, columns]` of one head of a tensor `[S, HEADS, WIDTH]` from its row `first` (int64) on; 0 outside.
@@ -40,7 +56,7 @@ def load_rows(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, rows, 
     """
     at = rows.to(tl.int64)[:, None] * (HEADS * WIDTH) + columns[None, :]
     base = ptr + (first * HEADS + head) * WIDTH
-    return tl.load(base + at, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return tl.load(base + at, mask=rows_mask(valid, columns, WIDTH), other=0.0)
 
 
 @triton.jit
@@ -48,7 +64,11 @@ def load_columns(ptr, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, row
     """The same tile transposed, `[columns, rows]`, by address: no accumulator and no operand is transposed."""
     at = rows.to(tl.int64)[None, :] * (HEADS * WIDTH) + columns[:, None]
     base = ptr + (first * HEADS + head) * WIDTH
-    return tl.load(base + at, mask=valid[None, :] & (columns < WIDTH)[:, None], other=0.0)
+    if divides(columns.shape[0], WIDTH):
+        mask = valid[None, :]
+    else:
+        mask = valid[None, :] & (columns < WIDTH)[:, None]
+    return tl.load(base + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -56,7 +76,7 @@ def store_rows(ptr, tile, first, head, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     """The reverse of `load_rows`, rounded to the tensor's dtype."""
     at = rows.to(tl.int64)[:, None] * (HEADS * WIDTH) + columns[None, :]
     base = ptr + (first * HEADS + head) * WIDTH
-    tl.store(base + at, tile.to(ptr.dtype.element_ty), mask=valid[:, None] & (columns < WIDTH)[None, :])
+    tl.store(base + at, tile.to(ptr.dtype.element_ty), mask=rows_mask(valid, columns, WIDTH))
 
 
 @triton.jit

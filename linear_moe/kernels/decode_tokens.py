@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import block_of, cdiv
+from linear_moe.kernels.gates import softplus
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.operator import operator
 
@@ -114,15 +115,6 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm is corrected for what 1 + e loses of a small e."""
-    e = tl.exp(-tl.abs(x))
-    whole = 1.0 + e
-    lost = whole - 1.0
-    return tl.maximum(x, 0.0) + tl.where(lost > 0.0, tl.log(whole) * (e / tl.where(lost > 0.0, lost, 1.0)), e)
-
-
-@triton.jit
 def _columns(
     memory_ptr, token_ptr, slot, token, column, inside, BY_TOKEN: tl.constexpr, MEMORY_COLUMNS: tl.constexpr,
     TOKEN_COLUMNS: tl.constexpr,
@@ -201,7 +193,7 @@ def _make_gates(
         )  # fmt: skip
         rate = tl.load(rate_ptr + head, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + head, mask=inside, other=0.0).to(tl.float32)
-        tl.store(log_decay_ptr + slot * HEADS + head, -tl.exp(rate) * _softplus(x + shift), mask=inside)
+        tl.store(log_decay_ptr + slot * HEADS + head, -tl.exp(rate) * softplus(x + shift), mask=inside)
     if STRENGTH is not None:
         x = _columns(
             memory_columns_ptr, token_columns_ptr, slot, token, STRENGTH[1] + head, inside, STRENGTH[0], MEMORY_COLUMNS,

@@ -74,6 +74,7 @@ def solve_kernel(
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """A null pointer leaves its part out."""
     program = tl.program_id(0)
     head = program % HEADS
     start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
@@ -84,22 +85,25 @@ def solve_kernel(
     keys = tl.arange(0, K_BLOCK)
     valid = rows < size
     k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
-    beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
-    overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     seen = rows[:, None] >= rows[None, :]
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY)
         pairs = pair_decays(summed[:, None], summed[None, :], seen)
-        overlaps *= pairs
-    q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
-    reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if DECAY != NO_DECAY:
-        reads *= pairs
-    store_rows(reads_ptr, tl.where(seen, reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
-    overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
-    inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
-    erasure = tl.dot(overlaps, inverse, input_precision=PRECISION)
-    store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
+    if reads_ptr is not None:
+        q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+        reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            reads *= pairs
+        store_rows(reads_ptr, tl.where(seen, reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+    if erasure_ptr is not None:
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
+        overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            overlaps *= pairs
+        overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
+        inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
+        erasure = tl.dot(overlaps, inverse, input_precision=PRECISION)
+        store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
 
 
 @triton.jit

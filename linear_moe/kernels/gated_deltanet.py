@@ -113,10 +113,10 @@ bf16; ms of the solve with 168, without a limit, with 128): 0.269, 0.318, 0.355 
 class Solved(NamedTuple):
     """What a chunk knows of its own pairs, `[S, H, C]` in the dtype of q: a token's row of its chunk's matrices."""
 
-    erasure: Tensor
+    erasure: Tensor | None
     """E"""
-    reads: Tensor
-    """P"""
+    reads: Tensor | None
+    """P. Where states are stored only the walk back needs it, and makes it anew: kept, it would be at the peak of memory."""
 
 
 class _Walk(NamedTuple):
@@ -204,10 +204,16 @@ def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str
     return walk.splits.num_pieces * v.shape[1] * cdiv(tiled, tile), parameters
 
 
-def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
+def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads: bool) -> Solved:
+    """What is wanted of a chunk's matrices."""
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
-    erasure, reads = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
+    solved = Solved(
+        *(
+            torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) if wanted else None
+            for wanted in (erasure, reads)
+        )
+    )
     constants = walk.constants(k, v)
     del constants["V"]
     launch = CHUNK_TABLE.pick(v.device, "solve", DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
@@ -218,8 +224,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
         k,
         walk.decays,
         walk.beta,
-        erasure,
-        reads,
+        *solved,
         walk.chunks.borders,
         walk.chunks.borders.stride(0),
         num_tokens,
@@ -231,7 +236,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk) -> Solved:
         maxnreg=SOLVE_REGISTERS,
         **constants,
     )
-    return Solved(erasure, reads)
+    return solved
 
 
 def _run_forward(
@@ -319,7 +324,7 @@ def forward(
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
-    solved = _solve(q, k, v, walk)
+    solved = _solve(q, k, v, walk, erasure=True, reads=walk.pieces is None)
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
     starts, transitions = initial_state, None
@@ -385,15 +390,23 @@ def backward(
     constants = walk.constants(k, v)
     starts = kept.starts if splits.cut else initial_state
     grid, parameters = _launch("values", walk, k, v)
+    reads = kept.solved.reads
+    if reads is None:
+        reads = _solve(q, k, v, walk, erasure=False, reads=True).reads
     tiles = cdiv(value_dim, parameters["TILE"])
     d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
     dv = torch.empty_like(v)
 
     def run_values(
-        output: Tensor | None, start: Tensor | None, final: Tensor | None, borders: Tensor, states: Tensor | None = None
+        reads: Tensor | None,
+        output: Tensor | None,
+        start: Tensor | None,
+        final: Tensor | None,
+        borders: Tensor,
+        states: Tensor | None = None,
     ) -> None:
         launch_kernel(
-            values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, kept.solved.reads,
+            values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, reads,
             output, d_beta, start, final, states, walk.first_pieces, borders, borders.stride(0), num_tokens, scale,
             **parameters, **constants,
         )  # fmt: skip
@@ -402,13 +415,14 @@ def backward(
     if splits.cut:
         assert kept.transitions is not None and splits.trailing is not None
         increments = new_states(splits.num_pieces, k, v)
-        run_values(None, None, increments, splits.trailing)
+        run_values(reads, None, None, increments, splits.trailing)
         exact = k.dtype == torch.float32
         reverse_starts, _ = join_affine(increments, kept.transitions.mT, d_final, splits, reverse=True, exact=exact)
     wants_ends = starts is not None or initial_state is not None
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
-    ends = None if walk.pieces is None else new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
-    run_values(dv, reverse_starts, piece_ends, splits.borders, ends)
+    stored = [] if walk.pieces is None else [new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)]
+    run_values(reads, dv, reverse_starts, piece_ends, splits.borders, *stored)
+    del reads
     d_initial = None
     if initial_state is not None:
         assert piece_ends is not None
@@ -417,14 +431,14 @@ def backward(
     # A key head's gradient is the sum over the value heads that share it, in float32.
     shared = k.shape[1] != heads
     dtype = torch.float32 if shared else k.dtype
-    dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
     if walk.pieces is None:
+        dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
         crossing = _walk_back(walk, kept.wrong, d_output, dv, q, k, v, dq, dk, starts, reverse_starts, scale)
         borders, before, after = splits.borders, starts, piece_ends
     else:
-        assert kept.states is not None and ends is not None
-        crossing = delta_gradients(
-            walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dq, dk, scale=scale
+        assert kept.states is not None
+        dq, dk, crossing = delta_gradients(
+            walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, stored, dtype, scale=scale
         )
         borders, before, after = whole(ragged.cu_seqlens).borders, initial_state, d_initial
     if not ragged.dense:

@@ -278,7 +278,7 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
         torch.empty_like(v) if keep else none,
-        *(v.new_empty(*v.shape[:2], chunk) if keep else _or_empty(None, v) for _ in range(2)),
+        *(v.new_empty(*v.shape[:2], chunk) if kept else _or_empty(None, v) for kept in (keep, keep and stored is None)),
         _states_like(k, v, pieces if stored is None else None),
         _states_like(k, v, pieces, k.shape[2]),
         none.clone() if count is None else k.new_empty(count, v.shape[1], k.shape[2], v.shape[2]),
@@ -291,7 +291,7 @@ def _delta_backward(
     initial_state: Tensor | None, cu_seqlens: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
     transitions: Tensor, states: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    solved = gated_deltanet.Solved(erasure, reads)
+    solved = gated_deltanet.Solved(erasure, _or_none(reads))
     kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), _or_none(states))
     with torch.cuda.device_of(q):
         made = gated_deltanet.backward(

@@ -5,6 +5,7 @@ An operator takes and returns tensors and numbers. What is not made is an empty 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -158,17 +159,18 @@ def combine_reads(
 
 
 @operator("sum_slots")
-def sum_slots(slots: Tensor, place: Tensor, addend: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+def sum_slots(slots: Tensor, place: Tensor, addends: Sequence[Tensor]) -> Tensor:
     """Rows `[R, C]` summed in float32 over each token's places `[S, F]` in their order, but for negative ones: `[S, C]`.
 
-    They are added to the addends `[S, C]`, contiguous, if there are any.
+    They are added to the addends `[S, C]`, three at most. Everything is contiguous, but for the places, which may be the first
+    columns of more.
     """
     with torch.cuda.device_of(slots):
-        return slot_sum.forward(slots, place, None, addend, second)
+        return slot_sum.forward(slots, place, None, addends)
 
 
 @torch.library.register_fake("linear_moe::sum_slots")
-def _(slots, place, addend=None, second=None):
+def _(slots, place, addends):
     return slots.new_empty(place.shape[0], slots.shape[1])
 
 
@@ -191,7 +193,7 @@ def _(x, source, weight, ends):
 @operator("weighted_sum")
 def _weighted_sum(slots: Tensor, place: Tensor, weights: Tensor, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
     with torch.cuda.device_of(slots):
-        return slot_sum.forward(slots, place, weights, addend, dtype=dtype)
+        return slot_sum.forward(slots, place, weights, () if addend is None else (addend,), dtype=dtype)
 
 
 @torch.library.register_fake("linear_moe::weighted_sum")

@@ -11,8 +11,8 @@ and where writes depend on what is there, r what a write finds wrong, b its stre
     dq = scale (do read from u, k and S_0)
     dk = b (r read from scale do, q and dS, and from -dv, k) - (dv read from u, k and S_0, without the token's own write)
 
-A piece's reads share nearly all of what they load. So they are programs of one launch, next to each other: what the first
-brings from memory the others find in the L2 cache.
+Reads that share nearly all of what they load are programs of one launch, next to each other: what the first brings from memory
+the others find in the L2 cache. The delta rule's are two launches: in the second dS is no more, and dq takes its memory.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels import piece_reads
-from linear_moe.kernels.blocks import (
-    DECAY_NAMES,
-    NO_DECAY,
-    load_rows,
-    piece_of,
-    rate_of,
-    store_rows,
-    summed_decays,
-)
+from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, rate_of, store_rows
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, choices, read_rows, read_state
+from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, read_rows
 
 
-def choose_launch(dtype: torch.dtype) -> Launch:
-    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
+def choose_launch(kernel: str, dtype: torch.dtype) -> Launch:
+    """Of "scan", or the delta rule's "writes" and "reads".
 
-    The delta rule's, ms at 98,304 tokens in 40 segments: 2.35; where each read had a launch of its own, of 128 rows, 8 warps,
-    2.54; 3 stages 3.16; 128 rows and 8 warps 2.63, with columns of 64 and 2 stages 2.90. Without erase at B8 T4096: 0.53, where
-    each had its own 0.64; 128 rows and 8 warps 0.57.
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
+
+    The delta rule's, ms at 98,304 tokens in 40 segments, writes and reads: with 64 rows, columns of 32, 4 warps and 2 stages
+    1.06, 1.23; 3 stages 1.28, 1.72; columns of 16 1.18, 1.49, of 64 with 1 stage 1.16, 1.99; with 128 rows and 8 warps 1.01,
+    1.40; 3 stages 1.03, 1.33; columns of 64 0.94, 1.43. Without erase at B8 T4096: 0.54; 128 rows, 8 warps and 3 stages 0.52,
+    2 stages 0.58; where each read had a launch of its own 0.64.
     """
     launch = piece_reads.choose_launch(dtype)
+    if dtype == torch.float32:
+        return launch
+    if kernel == "writes":
+        return launch._replace(columns=64, num_stages=2)
     # Two programs a multiprocessor.
-    return launch if dtype == torch.float32 else launch._replace(rows=64, num_warps=4, num_stages=2)
+    return launch._replace(rows=64, num_warps=4, num_stages=2) if kernel == "reads" else launch
 
 
 TABLE = LaunchTable(
     "piece_gradients",
-    lambda decay, erase, key_dim, value_dim, dtype: choose_launch(dtype),
-    lambda decay, erase, key_dim, value_dim, dtype: choices(dtype),
+    lambda kernel, decay, key_dim, value_dim, dtype: choose_launch(kernel, dtype),
+    lambda kernel, decay, key_dim, value_dim, dtype: choices(dtype),
 )
-"""By the decay, the erase, K, V and the dtype. The piece is that of `piece_reads`."""
+"""By the kernel, "scan", or the delta rule's "writes" and "reads", the decay, K, V and the dtype. The piece is that of
+`piece_reads`."""
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def scan_gradients_kernel(
 
 
 @triton.jit
-def delta_gradients_kernel(
+def delta_writes_kernel(
     q_ptr,
     k_ptr,
     do_ptr,
@@ -158,12 +158,8 @@ def delta_gradients_kernel(
     wrong_ptr,
     decay_ptr,
     beta_ptr,
-    states_ptr,
     ends_ptr,
-    dq_ptr,
     dk_ptr,
-    read_ptr,
-    erased_ptr,
     written_ptr,
     borders_ptr,
     borders_stride,
@@ -182,8 +178,71 @@ def delta_gradients_kernel(
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`read`, `erased` and `written`: <dq, q>, and <dk, k> of the erase and of the write, without a token's own pair; null
-    pointers without a decay.
+    """The write's part of dk. `written`: <dk, k> without a token's own pair; a null pointer without a decay."""
+    block, head, piece, start, size = _place(borders_ptr, borders_stride, tl.program_id(0), HEADS, PIECE // ROWS)
+    if block * ROWS >= size:
+        return
+    row = block * ROWS + tl.arange(0, ROWS)
+    valid = row < size
+    keys = tl.arange(0, K_BLOCK)
+    k_head = head // (HEADS // K_HEADS)
+    at = head.to(tl.int64) * num_tokens + start + row
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
+    dk, wrong, summed = begin_rows(
+        wrong_ptr, ends_ptr, decay_ptr, start, size, piece, head, row, rate, num_tokens, scale, HEADS, HEADS, V, K, V_BLOCK,
+        K_BLOCK, SLICE, DECAY, True, True, PRECISION,
+    )  # fmt: skip
+    nothing = tl.zeros((ROWS,), tl.float32)
+    dk, own = add_pairs(
+        dk, nothing, wrong, row, summed, rate, do_ptr, q_ptr, decay_ptr, None, start, size, head, num_tokens, scale,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
+    )  # fmt: skip
+    dk, _ = add_pairs(
+        dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, -1.0,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
+    )  # fmt: skip
+    beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+    dk *= beta[:, None]
+    if DECAY != NO_DECAY:
+        tl.store(written_ptr + at, _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
+    own *= beta
+    dk += own[:, None] * load_rows(q_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
+    store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
+
+
+@triton.jit
+def delta_reads_kernel(
+    q_ptr,
+    k_ptr,
+    do_ptr,
+    dv_ptr,
+    wrong_ptr,
+    decay_ptr,
+    beta_ptr,
+    states_ptr,
+    dq_ptr,
+    dk_ptr,
+    read_ptr,
+    erased_ptr,
+    borders_ptr,
+    borders_stride,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, and the erase's part of dk, added to what `dk` holds. `read` and `erased`: <dq, q> and <dk, k> without a token's own
+    pair; null pointers without a decay.
     """
     program = tl.program_id(0)
     part = program % 2
@@ -193,50 +252,11 @@ def delta_gradients_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
     keys = tl.arange(0, K_BLOCK)
-    values = tl.arange(0, V_BLOCK)
     k_head = head // (HEADS // K_HEADS)
     at = head.to(tl.int64) * num_tokens + start + row
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     end = tl.minimum((block + 1) * ROWS, size)
     if part == 0:
-        # The longer one first.
-        dk, own = read_rows(
-            wrong_ptr, do_ptr, q_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
-            size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, True, True, True,
-            PRECISION,
-        )  # fmt: skip
-        summed = tl.zeros((ROWS,), tl.float32)
-        fading = tl.full((ROWS,), -1.0, tl.float32)
-        if DECAY != NO_DECAY:
-            summed, _ = summed_decays(decay_ptr, rate, head, start, row, size, num_tokens, DECAY)
-            fading = -tl.exp(summed.to(tl.float32))
-        wrong = load_rows(wrong_ptr, start, head, HEADS, V, row, values, valid)
-        nothing = tl.zeros((ROWS,), tl.float32)
-        dk, _ = add_pairs(
-            dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, -1.0,
-            block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
-        )  # fmt: skip
-        beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
-        dk *= beta[:, None]
-        written = nothing
-        if DECAY != NO_DECAY:
-            written = _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid)
-            tl.store(written_ptr + at, written, mask=valid)
-        # The erase reads before the token writes. Into the same accumulator: of two, one would spill.
-        dk = read_state(dk, dv_ptr, states_ptr, start, piece, head, row, valid, fading, HEADS, HEADS, V, K, K_BLOCK, SLICE,
-                        True, PRECISION)  # fmt: skip
-        dv = load_rows(dv_ptr, start, head, HEADS, V, row, values, valid)
-        dk, _ = add_pairs(
-            dk, nothing, dv, row, summed, rate, wrong_ptr, k_ptr, decay_ptr, beta_ptr, start, size, head, num_tokens, -1.0,
-            0, end, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, False, True, PRECISION,
-        )  # fmt: skip
-        if DECAY != NO_DECAY:
-            both = _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid)
-            tl.store(erased_ptr + at, both - written, mask=valid)
-        own *= beta
-        dk += own[:, None] * load_rows(q_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
-        store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
-    if part == 1:
         dq, own = read_rows(
             do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
             scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
@@ -245,6 +265,16 @@ def delta_gradients_kernel(
             tl.store(read_ptr + at, _overlap(dq, q_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
         dq += own[:, None] * load_rows(k_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
         store_rows(dq_ptr, dq, start, head, HEADS, K, row, keys, valid)
+    if part == 1:
+        # The erase reads before the token writes.
+        dk, _ = read_rows(
+            dv_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
+            -1.0, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
+        )  # fmt: skip
+        if DECAY != NO_DECAY:
+            tl.store(erased_ptr + at, _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
+        dk += load_rows(dk_ptr, start, head, HEADS, K, row, keys, valid).to(tl.float32)
+        store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
 
 
 class ScanOverlaps(NamedTuple):
@@ -278,7 +308,7 @@ def scan_gradients(
     if want_decay:
         both = torch.empty(2, 1, pieces.heads, v.shape[0], dtype=torch.float32, device=v.device)
         overlaps = ScanOverlaps(both[0], both[1])
-    launch = TABLE.pick(v.device, DECAY_NAMES[pieces.kind], "none", k.shape[2], v.shape[2], k.dtype)
+    launch = TABLE.pick(v.device, "scan", DECAY_NAMES[pieces.kind], k.shape[2], v.shape[2], k.dtype)
     borders = pieces.splits.borders
     launch_kernel(
         scan_gradients_kernel, 3 * pieces.num_programs(launch), q, k, v, d_output, pieces.decays, states, ends, dq, dk, dv,
@@ -290,9 +320,9 @@ def scan_gradients(
 
 def delta_gradients(
     pieces: Pieces, q: Tensor, k: Tensor, wrong: Tensor, beta: Tensor, d_output: Tensor, dv: Tensor, states: Tensor,
-    ends: Tensor, dq: Tensor, dk: Tensor, *, scale: float,
-) -> ScanOverlaps | None:  # fmt: skip
-    """Fill dq and dk by the module's last equations; the overlaps, of reads `[2, H, S]`, where there is a decay.
+    ends: list[Tensor], dtype: torch.dtype, *, scale: float,
+) -> tuple[Tensor, Tensor, ScanOverlaps | None]:  # fmt: skip
+    """Make dq and dk `[S, H, K]` by the module's last equations; the overlaps, of reads `[2, H, S]`, where there is a decay.
 
     Args:
         pieces: the pieces and their decays.
@@ -303,19 +333,30 @@ def delta_gradients(
         d_output: `[S, H, V]`
         dv: `[S, H, V]`, made already.
         states: S_0 `[P, H, K, V]`
-        ends: dS `[P, H, K, V]`
-        dq: `[S, H, K]`, as dk.
-        dk: `[S, H, K]`
+        ends: dS `[P, H, K, V]` alone in a list, which is emptied: its memory is dq's.
+        dtype: of dq and dk.
         scale: of the output.
     """
     overlaps, each = None, (None, None, None)
     if pieces.decays is not None:
         three = torch.empty(3, *beta.shape, dtype=torch.float32, device=k.device)
         overlaps, each = ScanOverlaps(three[:2], three[2:]), tuple(three)
-    launch = TABLE.pick(k.device, DECAY_NAMES[pieces.kind], "delta", k.shape[2], wrong.shape[2], k.dtype)
+    read, erased, written = each
     borders = pieces.splits.borders
+    both = (q, k, d_output, dv, wrong, pieces.decays, beta)
+    where = (borders, borders.stride(0), wrong.shape[0], scale)
+    writes, reads = (
+        TABLE.pick(k.device, name, DECAY_NAMES[pieces.kind], k.shape[2], wrong.shape[2], k.dtype)
+        for name in ("writes", "reads")
+    )
+    dk = torch.empty(*wrong.shape[:2], k.shape[2], dtype=dtype, device=k.device)
     launch_kernel(
-        delta_gradients_kernel, 2 * pieces.num_programs(launch), q, k, d_output, dv, wrong, pieces.decays, beta, states, ends,
-        dq, dk, *each, borders, borders.stride(0), wrong.shape[0], scale, **pieces.constants(launch, k, wrong),
+        delta_writes_kernel, pieces.num_programs(writes), *both, ends.pop(), dk, written, *where,
+        **pieces.constants(writes, k, wrong),
     )  # fmt: skip
-    return overlaps
+    dq = torch.empty_like(dk)
+    launch_kernel(
+        delta_reads_kernel, 2 * pieces.num_programs(reads), *both, states, dq, dk, read, erased, *where,
+        **pieces.constants(reads, k, wrong),
+    )  # fmt: skip
+    return dq, dk, overlaps

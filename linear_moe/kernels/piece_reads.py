@@ -93,20 +93,27 @@ def takes(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 
 @triton.jit
 def read_state(
-    o, a_ptr, states_ptr, start, piece, head, row, valid, fading,
+    o, a_ptr, states_ptr, start, piece, head, row, valid,
     HEADS: tl.constexpr, A_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     SLICE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`o` with what rows of `a` read from a stored state added; `fading`: first multiply the rows, and round them."""
+    """`o` with what rows of `a` read from a stored state added."""
     values = tl.arange(0, V_BLOCK)
-    # Pipelined, products of rows that are faded in registers would make ptxas wait for each, in the other loops too.
-    for channel in tl.range(0, K, SLICE, num_stages=1 if fading is not None else None):
-        some = channel + tl.arange(0, SLICE)
-        part = load_rows(a_ptr, start, head // (HEADS // A_HEADS), A_HEADS, K, row, some, valid)
-        if fading is not None:
-            part = (part.to(tl.float32) * fading[:, None]).to(part.dtype)
-        state_at = state_offsets(piece, head, HEADS, some, values, K, V, TRANSPOSED_STATE)
-        state = tl.load(states_ptr + state_at, mask=(some < K)[:, None] & (values < V)[None, :], other=0.0)
+    channels = tl.arange(0, SLICE)
+    STEP: tl.constexpr = 1 if TRANSPOSED_STATE else V
+    for first in range(0, K, SLICE):
+        # Only a scalar moves, where slices are whole: no address is made anew.
+        if K % SLICE == 0:
+            moved, some = first, channels
+        else:
+            moved, some = 0, first + channels
+        part = load_rows(a_ptr + moved, start, head // (HEADS // A_HEADS), A_HEADS, K, row, some, valid)
+        state_at = moved * STEP + state_offsets(piece, head, HEADS, some, values, K, V, TRANSPOSED_STATE)
+        mask = (some < K)[:, None] & (values < V)[None, :]
+        if K % SLICE == 0 and V == V_BLOCK:
+            state = tl.load(states_ptr + state_at)
+        else:
+            state = tl.load(states_ptr + state_at, mask=mask, other=0.0)
         o = tl.dot(part, state, acc=o, input_precision=PRECISION)
     return o
 
@@ -124,10 +131,11 @@ def add_pairs(
     b_head = head // (HEADS // B_HEADS)
     c_head = head // (HEADS // C_HEADS)
     for first in range(begin, end, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
+        each = tl.arange(0, COLUMNS)
+        column = first + each
         there = column < size
-        b = load_rows(b_ptr, start, b_head, B_HEADS, K, column, keys, there)
-        c = load_rows(c_ptr, start, c_head, C_HEADS, V, column, values, there)
+        b = load_rows(b_ptr, start + first, b_head, B_HEADS, K, each, keys, there)
+        c = load_rows(c_ptr, start + first, c_head, C_HEADS, V, each, values, there)
         products = factor * tl.dot(a, tl.trans(b), input_precision=PRECISION)
         if weight_ptr is not None:
             weights = tl.load(weight_ptr + head.to(tl.int64) * num_tokens + start + column, mask=there, other=0.0)
@@ -149,16 +157,15 @@ def add_pairs(
 
 
 @triton.jit
-def read_rows(
-    a_ptr, b_ptr, c_ptr, states_ptr, decay_ptr, weight_ptr, start, size, piece, head, row, rate, num_tokens, begin, end, factor,
-    HEADS: tl.constexpr, A_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+def begin_rows(
+    a_ptr, states_ptr, decay_ptr, start, size, piece, head, row, rate, num_tokens, factor, HEADS: tl.constexpr,
+    A_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The module's equation for some rows of a piece, from columns `begin` to `end`: o, and with APART what is left of it."""
+    """What some rows of a piece read from its state; the rows of `a`; and the sums of their decays."""
     valid = row < size
     o = tl.zeros((row.shape[0], V_BLOCK), tl.float32)
-    o = read_state(o, a_ptr, states_ptr, start, piece, head, row, valid, None, HEADS, A_HEADS, K, V, V_BLOCK, SLICE,
+    o = read_state(o, a_ptr, states_ptr, start, piece, head, row, valid, HEADS, A_HEADS, K, V, V_BLOCK, SLICE,
                    TRANSPOSED_STATE, PRECISION)  # fmt: skip
     o *= factor
     summed = tl.zeros((row.shape[0],), tl.float32)
@@ -168,11 +175,25 @@ def read_rows(
             o *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
         else:
             o *= tl.exp(summed.to(tl.float32))[:, None]
-    a = load_rows(a_ptr, start, head // (HEADS // A_HEADS), A_HEADS, K, row, tl.arange(0, K_BLOCK), valid)
-    own = tl.zeros((row.shape[0],), tl.float32)
+    return o, load_rows(a_ptr, start, head // (HEADS // A_HEADS), A_HEADS, K, row, tl.arange(0, K_BLOCK), valid), summed
+
+
+@triton.jit
+def read_rows(
+    a_ptr, b_ptr, c_ptr, states_ptr, decay_ptr, weight_ptr, start, size, piece, head, row, rate, num_tokens, begin, end, factor,
+    HEADS: tl.constexpr, A_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The module's equation for some rows of a piece, from columns `begin` to `end`: o, and with APART what is left of it."""
+    o, a, summed = begin_rows(
+        a_ptr, states_ptr, decay_ptr, start, size, piece, head, row, rate, num_tokens, factor, HEADS, A_HEADS, K, V, K_BLOCK,
+        V_BLOCK, SLICE, DECAY, REVERSE, TRANSPOSED_STATE, PRECISION,
+    )  # fmt: skip
     return add_pairs(
-        o, own, a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head, num_tokens, factor, begin, end,
-        HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, APART, PRECISION,
+        o, tl.zeros((row.shape[0],), tl.float32), a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head,
+        num_tokens, factor, begin, end, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, APART,
+        PRECISION,
     )  # fmt: skip
 
 

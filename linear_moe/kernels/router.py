@@ -304,7 +304,7 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _backward_kernel(
-    d_logits_ptr, x_ptr, weight_ptr, valid_ptr, d_x_ptr, partials_ptr, num_tokens, steps, CHOICES: tl.constexpr,
+    d_logits_ptr, x_ptr, weight_ptr, valid_ptr, addend_ptr, d_x_ptr, partials_ptr, num_tokens, steps, CHOICES: tl.constexpr,
     SIZE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (SIZE + CHANNELS - 1) // CHANNELS
@@ -334,8 +334,13 @@ def _backward_kernel(
             mask=in_rows[:, None] & in_choices[None, :],
             other=0.0,
         )
-        d_x = _product(d_logits, weight, tl.zeros((ROWS, CHANNELS), tl.float32), PRECISION)
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=in_rows[:, None] & in_channels[None, :])
+        inside = in_rows[:, None] & in_channels[None, :]
+        if addend_ptr is not None:
+            d_x = tl.load(addend_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            d_x = tl.zeros((ROWS, CHANNELS), tl.float32)
+        d_x = _product(d_logits, weight, d_x, PRECISION)
+        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
     tl.store(partials_ptr + group.to(tl.int64) * CHOICES * SIZE + at_weight, d_weight, mask=in_weight)
 
 
@@ -395,10 +400,13 @@ def forward(x: Tensor, weight: Tensor, valid: Tensor, bias: Tensor | None, optio
 
 
 def backward(
-    d_weights: Tensor | None, d_loss: Tensor | None, x: Tensor, weight: Tensor, valid: Tensor, indices: Tensor,
-    statistics: Tensor, logits: Tensor, options: Options,
+    d_weights: Tensor | None, d_loss: Tensor | None, addend: Tensor | None, x: Tensor, weight: Tensor, valid: Tensor,
+    indices: Tensor, statistics: Tensor, logits: Tensor, options: Options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and of the weight, from those of the picks' weights and of the loss; pads give none."""
+    """The gradients of x and of the weight, from those of the picks' weights and of the loss; pads give none.
+
+    That of x is added to the `addend` `[S, D]`, if there is one.
+    """
     (num_tokens, size), num_choices = x.shape, weight.shape[0]
     d_x, d_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     if x.numel() == 0:
@@ -419,8 +427,8 @@ def backward(
     num_groups = cdiv(tiles, steps)
     partials = x.new_empty(num_groups, *weight.shape, dtype=torch.float32)
     launch_kernel(
-        _backward_kernel, num_groups * parts, d_logits, x, weight, valid.view(torch.uint8), d_x, partials, num_tokens, steps,
-        CHOICES=num_choices, SIZE=size, ROWS=launch.back_rows, CHANNELS=launch.channels, BLOCK=block,
+        _backward_kernel, num_groups * parts, d_logits, x, weight, valid.view(torch.uint8), addend, d_x, partials, num_tokens,
+        steps, CHOICES=num_choices, SIZE=size, ROWS=launch.back_rows, CHANNELS=launch.channels, BLOCK=block,
         PRECISION=_precision(x), num_warps=launch.back_warps, num_stages=3,
     )  # fmt: skip
     launch_kernel(

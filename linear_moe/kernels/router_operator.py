@@ -1,4 +1,4 @@
-"""`linear_moe::route`: the router of `linear_moe.kernels.router` as a differentiable torch library operator."""
+"""`linear_moe::route`: the router of `linear_moe.kernels.router` as a torch library operator, and its gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels import router as kernels
 from linear_moe.kernels.operator import operator
@@ -14,7 +15,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Route(NamedTuple):
-    """Where tokens go, what the router is charged for it, and how even it is. Only weights and loss have gradients."""
+    """Where tokens go, what the router is charged for it, and how even it is. Only weights, loss and tokens have gradients."""
 
     indices: Tensor
     """`[S, k]` int64: the picked choices, best first; with `shared` `[S, k + 1]`, the last M."""
@@ -30,6 +31,8 @@ class Route(NamedTuple):
     """Scalar: M sum_m f_m P_m, 1 at balance."""
     z_loss: Tensor
     """Scalar: mean over real tokens of logsumexp(logits)^2."""
+    tokens: Tensor
+    """x, for its next use."""
 
 
 @operator("route")
@@ -58,37 +61,43 @@ def _(x, weight, valid, bias, top_k, shared, sigmoid, renormalize, balance_weigh
 
 @operator("route_backward")
 def _route_backward(
-    d_weights: Tensor | None, d_loss: Tensor | None, x: Tensor, weight: Tensor, valid: Tensor, indices: Tensor,
-    statistics: Tensor, logits: Tensor, top_k: int, shared: bool, sigmoid: bool, renormalize: bool,
+    d_weights: Tensor | None, d_loss: Tensor | None, addend: Tensor | None, x: Tensor, weight: Tensor, valid: Tensor,
+    indices: Tensor, statistics: Tensor, logits: Tensor, top_k: int, shared: bool, sigmoid: bool, renormalize: bool,
     balance_weight: float, z_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = kernels.Options(top_k, shared, sigmoid, renormalize, balance_weight, z_weight)
     with torch.cuda.device_of(x):
-        return kernels.backward(d_weights, d_loss, x, weight, valid, indices, statistics, logits, options)
+        return kernels.backward(d_weights, d_loss, addend, x, weight, valid, indices, statistics, logits, options)
 
 
 @torch.library.register_fake("linear_moe::route_backward")
 def _(
-    d_weights, d_loss, x, weight, valid, indices, statistics, logits, top_k, shared, sigmoid, renormalize, balance_weight,
-    z_weight,
+    d_weights, d_loss, addend, x, weight, valid, indices, statistics, logits, top_k, shared, sigmoid, renormalize,
+    balance_weight, z_weight,
 ):  # fmt: skip
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, valid, _, *ctx.options = inputs
-    _, indices, _, statistics, logits = output
-    ctx.save_for_backward(x, weight, valid, indices, statistics, logits)
-    ctx.mark_non_differentiable(indices, statistics, logits)
-    ctx.set_materialize_grads(False)
+class _Route(torch.autograd.Function):
+    """The tokens come out once more: what their other uses send back is added in the kernel of the router's own gradient."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, valid: Tensor, bias: Tensor | None, *options: Any
+    ) -> tuple[Tensor, ...]:
+        made = _route(x, weight, valid, bias, *options)
+        _, indices, _, statistics, logits = made
+        ctx.options = options
+        ctx.save_for_backward(x, weight, valid, indices, statistics, logits)
+        ctx.mark_non_differentiable(indices, statistics, logits)
+        ctx.set_materialize_grads(False)
+        return *made, x.view_as(x)
 
-def _gradients(ctx: Any, d_weights: Tensor | None, _: None, d_loss: Tensor | None, *__: None) -> tuple[Any, ...]:
-    d_weights = None if d_weights is None else d_weights.contiguous()
-    return *_route_backward(d_weights, d_loss, *ctx.saved_tensors, *ctx.options), *(None,) * 8
-
-
-torch.library.register_autograd("linear_moe::route", _gradients, setup_context=_keep)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        d_weights, _, d_loss, _, _, d_x = (None if each is None else each.contiguous() for each in gradients)
+        return *_route_backward(d_weights, d_loss, d_x, *ctx.saved_tensors, *ctx.options), *(None,) * 8
 
 
 def route(
@@ -125,13 +134,14 @@ def route(
         ValueError: naming the argument that does not fit.
     """
     _check(x, weight, valid, bias, top_k, score)
-    weights, indices, loss, statistics, _ = _route(
+    weights, indices, loss, statistics, _, tokens = _Route.apply(
         x.contiguous(), weight.contiguous(), valid.contiguous(), None if bias is None else bias.contiguous(), top_k, shared,
         score == "sigmoid", renormalize, balance_weight, z_loss_weight,
     )  # fmt: skip
     choices = weight.shape[0]
     return Route(
-        indices, weights, loss, statistics[:choices], statistics[choices], statistics[choices + 1], statistics[choices + 2]
+        indices, weights, loss, statistics[:choices], statistics[choices], statistics[choices + 1], statistics[choices + 2],
+        tokens,
     )  # fmt: skip
 
 

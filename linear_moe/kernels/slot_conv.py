@@ -522,4 +522,4 @@ def backward(
 def _sum_of_readers(d_slots: Tensor, place: Tensor | None) -> Tensor:
     """The gradient of what was read through a source: each row's sum over the slots that read it."""
     assert place is not None
-    return slot_sum.forward(d_slots, place, None, None)
+    return slot_sum.forward(d_slots, place, None)

@@ -8,6 +8,7 @@ slot has one token, so its gradient is written where the slot was read, and noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Launch(NamedTuple):
 # From a frozen table, derived, not measured. 16 numbers a thread are two loads of 16 bytes in bfloat16. Forward a tile of 8
 # tokens waits once a slot for the rows of all of them; backward a tile has all slots of a token, so that they are one wait: 4
 # slots of 1,024 channels are one tile of 8 warps.
+MOST_ADDENDS = 3
 LAUNCH = Launch(forward=2048, channels=256, backward=4096, numbers_per_thread=16)
 
 
@@ -47,8 +49,8 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _sum_kernel(
-    slots_ptr, place_ptr, weights_ptr, addend_ptr, second_ptr, sum_ptr, num_tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, FAN_OUT: tl.constexpr,
+    slots_ptr, place_ptr, weights_ptr, addend_ptr, second_ptr, third_ptr, sum_ptr, place_stride, num_tokens,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, FAN_OUT: tl.constexpr,
 ):  # fmt: skip
     NUM_TILES: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -62,8 +64,10 @@ def _sum_kernel(
         total += tl.load(addend_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if second_ptr is not None:
         total += tl.load(second_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if third_ptr is not None:
+        total += tl.load(third_ptr + at, mask=inside, other=0.0).to(tl.float32)
     for f in range(FAN_OUT):
-        place = tl.load(place_ptr + token * FAN_OUT + f, mask=exists, other=-1)
+        place = tl.load(place_ptr + token * place_stride + f, mask=exists, other=-1)
         read = tl.load(
             slots_ptr + place[:, None] * CHANNELS + channel[None, :],
             mask=(place >= 0)[:, None] & in_channels[None, :],
@@ -101,15 +105,14 @@ def forward(
     slots: Tensor,
     place: Tensor,
     weights: Tensor | None,
-    addend: Tensor | None,
-    second: Tensor | None = None,
+    addends: Sequence[Tensor] = (),
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sum rows of `slots` `[R, C]` over each token's places `[S, F]`, but for negative ones: `[S, C]`.
 
-    `weights` are `[S, F]` float32, the `addend` and a `second` one `[S, C]`, `dtype` that of the slots unless given. Everything
-    is contiguous.
+    `weights` are `[S, F]` float32, the `addends`, three at most, `[S, C]`, `dtype` that of the slots unless given. Everything
+    is contiguous, but for the places, which may be the first columns of more.
     """
     (num_tokens, fan_out), channels = place.shape, slots.shape[1]
     total = slots.new_empty(num_tokens, channels, dtype=dtype)
@@ -122,9 +125,10 @@ def forward(
             slots,
             place,
             weights,
-            addend,
-            second,
+            *addends,
+            *(None,) * (MOST_ADDENDS - len(addends)),
             total,
+            place.stride(0),
             num_tokens,
             CHANNELS=channels,
             BLOCK=block,

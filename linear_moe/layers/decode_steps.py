@@ -18,12 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.layers.kernel_steps import LARGEST_CONV_WIDTH, LARGEST_HEAD, kernels_run
+from linear_moe.layers.kernel_steps import (
+    LARGEST_CONV_WIDTH,
+    LARGEST_HEAD,
+    gates_are_declared,
+    kernels_run,
+    made_tokens,
+)
 from linear_moe.layers.projections import autocast_dtype
 from linear_moe.layers.sequences import Sequences
 from linear_moe.layers.short_conv import activate
 from linear_moe.layers.state import MemoryState
-from linear_moe.rules.base import Tokens, UpdateRule, upcast
+from linear_moe.rules.base import upcast
 from linear_moe.static_tensors import static
 
 if TYPE_CHECKING:
@@ -94,29 +100,12 @@ def plan_decoding(layer: RecurrentMixer) -> Decoding | None:
             head = rule.dims.head_dim if normalized and name in ("q", "k") else 0
             parts[name] = Columns(by_token, column, width, channels.get(name, -1), silu, head)
             column += width
-    if not _gates_are_declared(layer, normalized):
+    if not gates_are_declared(rule, normalized):
         return Decoding(parts, unfinished, normalized, None, None, False)
     made = [form.projection for form in rule.gate_forms() if form is not None]
     decay, strength = (None if form is None else parts[form.projection] for form in rule.gate_forms())
     parts = {name: columns for name, columns in parts.items() if name not in made}
     return Decoding(parts, unfinished, normalized, decay, strength, True)
-
-
-def _gates_are_declared(layer: RecurrentMixer, normalized: bool) -> bool:
-    """Whether the rule's tokens are q, k, v and its `gate_forms`, each of a plain projection of a number a head."""
-    rule = layer.rule
-    for method in ("gates", "_gated", "normalized_tokens" if normalized else "tokens"):
-        if getattr(type(rule), method) is not getattr(UpdateRule, method):
-            return False
-    declared = rule.projections()
-    for form in rule.gate_forms():
-        if form is not None:
-            spec = declared[form.projection]
-            plain = spec.rank is None and not (spec.bias or spec.conv or spec.activation)
-            if not plain or spec.width != rule.dims.num_value_heads:
-                return False
-    decay = rule.gate_forms().log_decay
-    return decay is None or not any(rule.parameters()[name].per_memory for name in (decay.rate, decay.shift))
 
 
 def decodes(layer: RecurrentMixer, x: Tensor, cu_seqlens: Tensor | None, state: MemoryState | None) -> bool:
@@ -154,7 +143,7 @@ def decode_token(
         assert conv is not None
         tokens, conv = _convolve_input(tokens, conv, valid), None
     assignment, loss = layer._assign(tokens, sequences, True)
-    memory, weights = assignment
+    memory, weights = assignment.memory, assignment.weights
     gate_proj = _plain(layer.gate_proj) if layer.kernel_combines else None
     projected = project_token(
         tokens,
@@ -182,7 +171,8 @@ def decode_token(
     if not plan.normalized:
         positions = state.tokens_seen[:, None].expand(-1, memory.shape[1]).reshape(1, -1)
     if plan.gates:
-        rule_tokens = _tokens(rule, raw, made.log_decay, made.beta, positions)
+        log_decay, beta = (None if gate is None else gate[None] for gate in (made.log_decay, made.beta))
+        rule_tokens = made_tokens(rule, raw, log_decay, beta, positions)
     elif positions is None:
         rule_tokens = rule.normalized_tokens(raw, parameters)
     else:
@@ -245,18 +235,6 @@ def _finish(layer: RecurrentMixer, name: str, value: Tensor, memory: Tensor) -> 
         if bias is not None:
             value = value + (bias[memory.flatten()] if own else bias[0]).to(value.dtype)
     return activate(value, layer.activations[name])
-
-
-def _tokens(
-    rule: UpdateRule, raw: dict[str, Tensor], log_decay: Tensor | None, beta: Tensor | None, positions: Tensor | None
-) -> Tokens:
-    """What `UpdateRule.tokens` makes, with gates that are made; what `normalized_tokens` does, without positions."""
-    dims = rule.dims
-    q, k = (raw[name].unflatten(-1, (dims.num_heads, dims.head_dim)) for name in ("q", "k"))
-    if positions is not None:
-        q, k = rule.qk_transform(q, k, positions)
-    v = raw["v"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
-    return Tokens(q, k, v, None if log_decay is None else log_decay[None], None if beta is None else beta[None])
 
 
 def _combine(

@@ -8,7 +8,7 @@ and the experts' sum. Where they don't run, PyTorch makes the same numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.projections import autocast_dtype
 from linear_moe.layers.routing import SlotPlan
 from linear_moe.layers.sequences import Sequences
-from linear_moe.rules.base import Projection
+from linear_moe.rules.base import Projection, Tokens, UpdateRule
 from linear_moe.rules.scan import TRITON_INSTALLED, TRUSTED_KERNEL_DTYPES
 
 LARGEST_CONV_WIDTH = 8
@@ -96,6 +96,55 @@ def leading_parts(parts: dict[str, ConvPart] | None, projections: Iterable[str])
 def normed_by_conv(parts: dict[str, ConvPart] | None) -> bool:
     """Whether queries and keys come out of the convolution with length 1."""
     return parts is not None and all(name in parts and parts[name].norm_heads is not None for name in ("q", "k"))
+
+
+def gates_are_declared(rule: UpdateRule, normalized: bool) -> bool:
+    """Whether the rule's tokens are q, k, v and its `gate_forms`, each of a plain projection of a number a head."""
+    for method in ("gates", "_gated", "normalized_tokens" if normalized else "tokens"):
+        if getattr(type(rule), method) is not getattr(UpdateRule, method):
+            return False
+    declared = rule.projections()
+    for form in rule.gate_forms():
+        if form is not None:
+            spec = declared[form.projection]
+            plain = spec.rank is None and not (spec.bias or spec.conv or spec.activation)
+            if not plain or spec.width != rule.dims.num_value_heads:
+                return False
+    decay = rule.gate_forms().log_decay
+    return decay is None or not any(rule.parameters()[name].per_memory for name in (decay.rate, decay.shift))
+
+
+def gates_of(
+    rule: UpdateRule, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The log decay and the strength `[1, R, H]` of raw projections `[1, R, H]`, where `gates_are_declared`."""
+    from linear_moe.kernels.gates_operator import Decay, Strength, make_gates
+
+    decay, strength = rule.gate_forms()
+    if decay is None and strength is None:
+        return None, None
+    made = make_gates(
+        decay and Decay(raw[decay.projection][0], parameters[decay.rate], parameters[decay.shift]),
+        strength and Strength(raw[strength.projection][0], strength.largest),
+    )
+    log_decay, beta = (None if gate is None else gate[None] for gate in made)
+    return log_decay, beta
+
+
+def made_tokens(
+    rule: UpdateRule,
+    raw: Mapping[str, Tensor],
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    positions: Tensor | None = None,
+) -> Tokens:
+    """What `UpdateRule.tokens` makes, with gates that are made; what `normalized_tokens` does, without positions."""
+    dims = rule.dims
+    q, k = (raw[name].unflatten(-1, (dims.num_heads, dims.head_dim)) for name in ("q", "k"))
+    if positions is not None:
+        q, k = rule.qk_transform(q, k, positions)
+    v = raw["v"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
+    return Tokens(q, k, v, log_decay, beta)
 
 
 class SlotConv:

@@ -90,7 +90,7 @@ class MemoryLayer(RecurrentMixer):
         )
 
     def _assign(self, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
-        return Assignment(torch.zeros_like(sequences.index)[:, None], None), None
+        return Assignment(torch.zeros_like(sequences.index)[:, None], None, tokens), None
 
     def _attach(self, output: Tensor, loss: Tensor) -> Tensor:
         raise AssertionError("one memory has no auxiliary loss")

@@ -138,7 +138,7 @@ class MixtureOfExperts(nn.Module):
         if padding_mask is not None:
             tokens = torch.where(valid[:, None], tokens, 0)
         kernels = kernels_run(x, self.impl)
-        routing, loss = self.router(tokens, valid, kernel=kernels)
+        routing, loss, tokens = self.router(tokens, valid, kernel=kernels)
         # What is kept for a look holds on to no graph.
         self.routing = replace(routing, weights=routing.weights.detach())
 

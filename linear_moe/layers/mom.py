@@ -150,11 +150,11 @@ class MoMLayer(RecurrentMixer):
         self.router.reset_parameters()
 
     def _assign(self, tokens: Tensor, sequences: Sequences, kernel: bool) -> tuple[Assignment, Tensor | None]:
-        routing, loss = self.router(tokens, sequences.valid, shared=self.shared_memory, kernel=kernel)
+        routing, loss, tokens = self.router(tokens, sequences.valid, shared=self.shared_memory, kernel=kernel)
         # What is kept for a look holds on to no graph, and the shared memory is nobody's pick.
         indices, weights = routing.indices[:, : self.top_k], routing.weights.detach()[:, : self.top_k]
         self.routing = replace(routing, indices=indices, weights=weights)
-        return Assignment(routing.indices, routing.weights), loss
+        return Assignment(routing.indices, routing.weights, tokens, self.shared_memory), loss
 
     def _attach(self, output: Tensor, loss: Tensor) -> Tensor:
         attached: Tensor = self.router.auxiliary(output, loss)

@@ -69,11 +69,12 @@ class _RoutedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor
+        ctx: Any, tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor, shared: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         from linear_moe.kernels.mixing import routed_product
 
         ctx.save_for_backward(tokens, weight, ends, source, place)
+        ctx.shared = shared
         ctx.set_materialize_grads(False)
         # The interpreter multiplies no tiles of 16 bits.
         if tokens.is_cuda or tokens.dtype == torch.float32:
@@ -84,9 +85,7 @@ class _RoutedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, gradient: Tensor | None, *of_others: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor | None, *of_others: Tensor | None) -> tuple[Tensor | None, ...]:
         from linear_moe.kernels.mixing import sum_slots
 
         tokens, weight, ends, source, place = ctx.saved_tensors
@@ -95,16 +94,21 @@ class _RoutedLinear(torch.autograd.Function):
         gradient = gradient.contiguous()
         wants_tokens, wants_weight, *_ = ctx.needs_input_grad
         of_tokens = of_weight = None
-        if wants_tokens:
-            others = [each.contiguous() for each in of_others if each is not None]
-            of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place, *others)
+        addends = [each.contiguous() for each in of_others if each is not None]
         if wants_weight:
             of_weight = F.grouped_mm(gradient.mT, tokens.index_select(0, source), offs=ends)
-        return of_tokens, of_weight, None, None, None
+        if wants_tokens:
+            if ctx.shared:
+                # The product of the group of all tokens is dense, and its rows are the tokens'.
+                gradient, of_all = gradient.split([source.shape[0] - tokens.shape[0], tokens.shape[0]])
+                addends.append(of_all @ weight[-1])
+                weight, ends, place = weight[:-1], ends[:-1], place[:, :-1]
+            of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place, addends)
+        return of_tokens, of_weight, None, None, None, None
 
 
 def routed_linear(
-    tokens: Tensor, weight: Tensor, cu_groups: Tensor, source: Tensor, place: Tensor
+    tokens: Tensor, weight: Tensor, cu_groups: Tensor, source: Tensor, place: Tensor, *, shared: bool = False
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """`grouped_linear` of the tokens that slots are routed to, where every slot belongs to a group.
 
@@ -114,6 +118,7 @@ def routed_linear(
         cu_groups: `[G + 1]` where each group's slots begin.
         source: `[R]` the token of each slot, sorted by group.
         place: `[S, F]` the inverse: the slots of each token.
+        shared: whether it is known that the last group has every token, in order, and as the last of its slots.
 
     Returns:
         `[R, O]`, and twice the tokens, for two other uses, in the dtype of the product: so the gradients of all are added up in
@@ -124,8 +129,10 @@ def routed_linear(
     if not _grouped_mm_takes(tokens, weight):
         return None
     ends = cu_groups[1:].to(torch.int32)
+    # With no other group there is nothing to route.
+    shared = shared and weight.shape[0] > 1
     made: tuple[Tensor, Tensor, Tensor] = _RoutedLinear.apply(
-        tokens.contiguous(), weight.contiguous(), ends, source, place
+        tokens.contiguous(), weight.contiguous(), ends, source, place, shared
     )
     return made
 

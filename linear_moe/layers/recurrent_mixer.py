@@ -23,8 +23,11 @@ from linear_moe.layers.kernel_steps import (
     SlotConv,
     combines,
     conv_parts,
+    gates_are_declared,
+    gates_of,
     kernels_run,
     leading_parts,
+    made_tokens,
     normed_by_conv,
     plan_of,
 )
@@ -51,6 +54,10 @@ class Assignment(NamedTuple):
     """`[S, F]` int64 the memories of each token."""
     weights: Tensor | None
     """`[S, F]` float32, or None for a weight of 1."""
+    tokens: Tensor
+    """`[S, D]` the same tokens, for what comes after."""
+    shared: bool = False
+    """Whether the last memory is the last of every token's."""
 
 
 class RecurrentMixer(nn.Module, ABC):
@@ -145,6 +152,7 @@ class RecurrentMixer(nn.Module, ABC):
         self.conv_parts = conv_parts(declared, self.convolved, conv_width, dims.head_dim, normalizes)
         """What the kernel of the convolution makes of each projection, or None where PyTorch does."""
         self.conv_norms = normed_by_conv(self.conv_parts)
+        self.kernel_gates = gates_are_declared(self.rule, normalized=True)
         self.leading_parts = leading_parts(self.conv_parts, self.memory_projections)
 
         self.gate_parameters = GateParameters(self.rule.parameters(), num_states, **factory)
@@ -254,6 +262,7 @@ class RecurrentMixer(nn.Module, ABC):
 
         kernels = kernels_run(x, self.impl)
         assignment, loss = self._assign(tokens, sequences, kernels)
+        tokens = assignment.tokens
         fan_out = assignment.memory.shape[1]
         num_sequences = sequences.num_sequences
         num_segments = self.num_states * num_sequences
@@ -271,7 +280,7 @@ class RecurrentMixer(nn.Module, ABC):
         cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
         if kernels and self.conv_parts is not None:
             raw, conv_state, tokens = self._project_and_convolve(
-                tokens, plan, cu_memories, fan_out, conv_state, covered
+                tokens, plan, cu_memories, fan_out, conv_state, covered, covered and assignment.shared
             )
             normalized = self.conv_norms
         else:
@@ -282,7 +291,9 @@ class RecurrentMixer(nn.Module, ABC):
             normalized = False
         raw = {name: value[None] for name, value in raw.items()}
         parameters = self.gate_parameters.of_slots(lambda: self._memory_of_slots(plan, cu_memories)[None])
-        if normalized:
+        if normalized and self.kernel_gates:
+            rule_tokens = made_tokens(self.rule, raw, *gates_of(self.rule, raw, parameters))
+        elif normalized:
             rule_tokens = self.rule.normalized_tokens(raw, parameters)
         else:
             positions = sequences.position
@@ -299,6 +310,7 @@ class RecurrentMixer(nn.Module, ABC):
             initial_state=self._initial_state(state, num_sequences),
             cu_seqlens=plan.cu_seqlens,
             max_length=sequences.max_length,
+            covered=covered,
             return_final_state=state is not None,
             impl=self.impl,
         )
@@ -377,6 +389,7 @@ class RecurrentMixer(nn.Module, ABC):
         fan_out: int,
         conv_state: Tensor | None,
         covered: bool,
+        shared: bool,
     ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
         a token and read through the plan.
@@ -392,7 +405,7 @@ class RecurrentMixer(nn.Module, ABC):
             projected = None
             if conv.source is not None and conv.place is not None:
                 place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
-                routed = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place)
+                routed = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place, shared=shared)
                 if routed is not None:
                     projected, tokens, for_gate = routed
             # What it leaves in rows of no memory is anything: the convolution reads none of them.

@@ -112,23 +112,24 @@ class Router(nn.Module):
 
     def forward(
         self, x: Tensor, valid: Tensor, *, shared: bool = False, kernel: bool = False
-    ) -> tuple[Routing, Tensor]:
+    ) -> tuple[Routing, Tensor, Tensor]:
         """Route tokens `x` `[S, D]`, real where `valid` `[S]`, by kernels or in PyTorch.
 
         With `shared` one more choice, number M, stands behind every token's picks with weight 1. It is in no statistic.
 
         Returns:
-            The routing, and the weighted auxiliary loss (a scalar with a gradient) for `auxiliary`.
+            The routing, the weighted auxiliary loss (a scalar with a gradient) for `auxiliary`, and the tokens for their next
+            use: the gradients of both uses are then added in one pass.
         """
         # With one picked of several the weight stays the score.
         renormalize = self.renormalize and (self.top_k > 1 or self.num_choices == 1)
         by_kernel = kernel and self.num_choices <= LARGEST_KERNEL_CHOICES
-        routing, loss = (self._by_kernel if by_kernel else self._in_torch)(x, valid, renormalize, shared)
+        routing, loss, tokens = (self._by_kernel if by_kernel else self._in_torch)(x, valid, renormalize, shared)
         if self.bias is not None and self.training:
             self.bias.observe(routing.load)
-        return routing, loss
+        return routing, loss, tokens
 
-    def _by_kernel(self, x: Tensor, valid: Tensor, renormalize: bool, shared: bool) -> tuple[Routing, Tensor]:
+    def _by_kernel(self, x: Tensor, valid: Tensor, renormalize: bool, shared: bool) -> tuple[Routing, Tensor, Tensor]:
         from linear_moe.kernels.router_operator import route
 
         made = route(
@@ -152,9 +153,9 @@ class Router(nn.Module):
             balance_loss=made.balance_loss,
             z_loss=made.z_loss,
         )
-        return routing, made.loss
+        return routing, made.loss, made.tokens
 
-    def _in_torch(self, x: Tensor, valid: Tensor, renormalize: bool, shared: bool) -> tuple[Routing, Tensor]:
+    def _in_torch(self, x: Tensor, valid: Tensor, renormalize: bool, shared: bool) -> tuple[Routing, Tensor, Tensor]:
         # Products and sums of their own: autocast would make a 16-bit matmul of it.
         logits = ordered_sum(upcast(x)[:, None, :] * self.weight.to(upcast(x).dtype))
         if self.score == "softmax":
@@ -188,7 +189,7 @@ class Router(nn.Module):
             z_loss=z.detach(),
         )
         loss = self.balance_weight * balance
-        return routing, loss + self.z_loss_weight * z if self.z_loss_weight else loss
+        return routing, loss + self.z_loss_weight * z if self.z_loss_weight else loss, x
 
     def extra_repr(self) -> str:
         parts = f"num_choices={self.num_choices}, top_k={self.top_k}, score={self.score}"

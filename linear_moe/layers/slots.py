@@ -26,7 +26,7 @@ class _GatherTokens(torch.autograd.Function):
         if ctx.kernel and slots.shape[0]:
             from linear_moe.kernels.mixing import sum_slots
 
-            return sum_slots(slots.contiguous(), place.view(-1, ctx.fan_out)), None, None, None, None
+            return sum_slots(slots.contiguous(), place.view(-1, ctx.fan_out), ()), None, None, None, None
         slots = slots.index_select(0, place)
         return slots.unflatten(0, (-1, ctx.fan_out)).sum(1) if slots.shape[0] else slots, None, None, None, None
 

@@ -45,6 +45,7 @@ def scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
+    covered: bool = False,
     return_final_state: bool = False,
     impl: str = "auto",
 ) -> RuleOutput:
@@ -59,6 +60,7 @@ def scan(
         initial_state: `[N, H, K, V]`, zeros unless given.
         cu_seqlens: `[N + 1]` borders of packed segments; tokens past the last border are in none and read 0.
         max_length: a static bound on the tokens of a packed segment, to spare empty work on a GPU.
+        covered: whether it is known, without a look, that every token is in a packed segment.
         return_final_state: whether to return the final state.
         impl: "auto", "triton", "chunked" or "recurrent". A named one is used or raises.
 
@@ -90,7 +92,9 @@ def scan(
             output, final_state = _nothing(tokens), start().clone()
         elif impl == "triton":
             assert form is not None
-            output, final_state = _run_kernel(form, tokens, segments, initial_state, scale, return_final_state)
+            output, final_state = _run_kernel(
+                form, tokens, segments, initial_state, scale, segments.dense or covered, return_final_state
+            )
         else:
             flat = _flatten(tokens, dtype)
             if impl == "chunked":
@@ -195,8 +199,9 @@ def _kernel_obstacle(form: Recurrence | None, tokens: Tokens) -> str | None:
 
 
 def _run_kernel(
-    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor | None, scale: float, return_final_state: bool
-) -> tuple[Tensor, Tensor | None]:
+    form: Recurrence, tokens: Tokens, segments: Segments, state: Tensor | None, scale: float, covered: bool,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     # Only here: the package works without triton.
     from linear_moe.kernels import library
 
@@ -214,7 +219,7 @@ def _run_kernel(
         initial_state=state,
         cu_seqlens=segments.cu_seqlens,
         max_length=segments.max_length,
-        dense=segments.dense,
+        dense=covered,
         return_final_state=return_final_state,
     )
 

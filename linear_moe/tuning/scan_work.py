@@ -32,6 +32,8 @@ CHECKED = (2048, 0, 500, 70, 1)
 """Lengths of the segments that results are checked on: long ones that are split, none, and less than a chunk; then 5 tokens in
 none."""
 
+DELTA_GRADIENTS = {"writes": piece_gradients.delta_writes_kernel, "reads": piece_gradients.delta_reads_kernel}
+
 
 class ScanWork:
     """A forward and a backward pass over whole sequences; checked on ragged segments, with initial and final states."""
@@ -63,7 +65,7 @@ class ScanWork:
                     Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                     for name, kernel in walks.items()
                 ),
-                *(self._reads("weighted", piece_gradients.delta_gradients_kernel) if wide else ()),
+                *(self._reads("weighted", DELTA_GRADIENTS) if wide else ()),
             ]
         if self.form.decay is Decay.VECTOR:
             kernels = {
@@ -75,7 +77,7 @@ class ScanWork:
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
-            return [states, *self._reads("plain", piece_gradients.scan_gradients_kernel)]
+            return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel})]
         # Backwards keys and values change places.
         ways = dict.fromkeys([(K, V), (V, K)])
         return [
@@ -83,7 +85,7 @@ class ScanWork:
             for way in ways
         ]
 
-    def _reads(self, weighted: str, gradients: Any) -> list[Entry]:
+    def _reads(self, weighted: str, gradients: dict[str, Any]) -> list[Entry]:
         decay, sizes, last = (
             self.form.decay.value,
             {"K": self.key_dim, "V": self.value_dim},
@@ -91,7 +93,10 @@ class ScanWork:
         )
         return [
             Entry(piece_reads.TABLE, (decay, weighted, *last, self.dtype), piece_reads.reads_kernel, sizes),
-            Entry(piece_gradients.TABLE, (decay, self.form.erase.value, *last, self.dtype), gradients, sizes),
+            *(
+                Entry(piece_gradients.TABLE, (name, decay, *last, self.dtype), kernel, sizes)
+                for name, kernel in gradients.items()
+            ),
         ]
 
     def run(self) -> None:

@@ -186,7 +186,8 @@ def arguments_of(
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
         entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype))]
     if form.decay is not Decay.VECTOR:
-        entries += [(piece_gradients.TABLE, (decay, erase, K, V, dtype))]
+        kernels = ("scan",) if form.erase is Erase.NONE else ("writes", "reads")
+        entries += [(piece_gradients.TABLE, (name, decay, K, V, dtype)) for name in kernels]
     return list({(table.name, arguments): (table, arguments) for table, arguments in entries}.values())
 
 

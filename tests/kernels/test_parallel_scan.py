@@ -80,6 +80,7 @@ def kernels_of(case: Case) -> object:
 
 
 FIRST = "piece = first_piece + chunk * CHUNK // PIECE"
+ERASED = "HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, "
 BUGS = {
     "the last row masked": (SCALAR, Bug(piece_reads, "valid = row < size", "valid = row < size - 1")),
     "a mask of columns dropped": (SCALAR, Bug(piece_reads, "there = column < size", "there = column < size + 2")),
@@ -112,18 +113,18 @@ BUGS = {
     "beta forgotten in a token's own pair": (DELTA, Bug(piece_gradients, "own *= beta", "pass")),
     "the erase reads what its token writes": (
         DELTA,
-        Bug(piece_gradients, "K_BLOCK, DECAY, False, True, PRECISION", "K_BLOCK, DECAY, False, False, PRECISION"),
+        Bug(piece_gradients, f"-1.0, {ERASED}True", f"-1.0, {ERASED}False"),
     ),
-    "the erase added": (
+    "the erase added": (DELTA, Bug(piece_gradients, "-1.0, HEADS", "1.0, HEADS")),
+    "the erase put in place of the write": (
         DELTA,
-        Bug(piece_gradients, "num_tokens, -1.0,\n            0, end", "num_tokens, 1.0,\n            0, end"),
+        Bug(piece_gradients, "dk += load_rows(dk", "dk += 0 * load_rows(dk"),
     ),
     "what erases forgotten in the keys' gradient": (
         DELTA,
-        Bug(piece_gradients, "num_tokens, -1.0,\n            block", "num_tokens, 0.0,\n            block"),
+        Bug(piece_gradients, "num_tokens, -1.0,", "num_tokens, 0.0,"),
     ),
-    "an erase that does not fade": (DELTA, Bug(piece_gradients, "fading = -tl.exp(summed.to(tl.float32))", "pass")),
-    "the write counted as erased": (DELTA, Bug(piece_gradients, "both - written", "both")),
+    "what an erase crosses forgotten": (DELTA, Bug(piece_gradients, "erased_ptr + at, _", "erased_ptr + at, 0 * _")),
     "a stored state of the delta rule after its chunk": (
         DELTA,
         Bug(delta_walks, "if chunk * CHUNK % PIECE == 0:", "if chunk * CHUNK % PIECE == CHUNK:"),

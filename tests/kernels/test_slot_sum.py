@@ -131,10 +131,14 @@ def test_no_token() -> None:
 def test_without_weights_some_may_be_missing() -> None:
     slots, place = torch.randn(6, 5, device=DEVICE), torch.tensor([[4, 1], [0, -1], [-1, -1]], device=DEVICE)
     expected = torch.stack([slots[4] + slots[1], slots[0], torch.zeros(5, device=DEVICE)])
-    assert torch.equal(mixing.sum_slots(slots, place), expected)
-    one, other = torch.randn(2, 3, 5, device=DEVICE).unbind()
-    torch.testing.assert_close(mixing.sum_slots(slots, place, one), expected + one)
-    torch.testing.assert_close(mixing.sum_slots(slots, place, one, other), expected + one + other)
+    assert torch.equal(mixing.sum_slots(slots, place, []), expected)
+    addends = list(torch.randn(3, 3, 5, device=DEVICE).unbind())
+    for count in range(4):
+        made = mixing.sum_slots(slots, place, addends[:count])
+        torch.testing.assert_close(made, sum(addends[:count], expected))
+    # The first of more places.
+    wider = torch.cat((place, torch.full_like(place, 99)), 1)[:, :2]
+    assert torch.equal(mixing.sum_slots(slots, wider, []), expected)
 
 
 HALF = DTYPES[-1]
@@ -222,7 +226,7 @@ BUGS = {
     "the addend is forgotten": (FEW, "total += tl.load(addend_ptr", "total += 0.0 * tl.load(addend_ptr"),
     "the last slot is left out": (FEW, "for f in range(FAN_OUT)", "for f in range(FAN_OUT - 1)"),
     "the first slot's weight is every slot's": (FEW, "(weights_ptr + token * FAN_OUT + f,", "(weights_ptr + token * FAN_OUT,"),
-    "slots are taken as they come": (FEW, "place = tl.load(place_ptr + token * FAN_OUT + f, mask=exists, other=-1)",
+    "slots are taken as they come": (FEW, "place = tl.load(place_ptr + token * place_stride + f, mask=exists, other=-1)",
                                      "place = tl.where(exists, token * FAN_OUT + f, -1)"),
     "the second tile is the first": (WIDE, "(program % NUM_TILES) * BLOCK", "0 * BLOCK"),
     "a gradient's weight is forgotten": (FEW, "(weight[:, None] * d_sum)", "(weight[:, None] * 0.0 + d_sum)"),

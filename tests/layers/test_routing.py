@@ -14,7 +14,7 @@ from linear_moe.layers.routing import best_first, ordered_sum, sort_slots
 
 def route(router: Router, x: Tensor, valid: Tensor | None = None) -> Routing:
     valid = torch.ones(x.shape[0], dtype=torch.bool) if valid is None else valid
-    routing, _ = router(x, valid)
+    routing, *_ = router(x, valid)
     return routing
 
 
@@ -90,7 +90,7 @@ def test_weights_are_the_picked_scores(score: str, top_k: int, renormalize: bool
 
 def test_a_shared_choice_stands_behind_the_picks_and_is_in_no_statistic() -> None:
     router, x, valid = Router(8, 4, 2, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64), torch.ones(5) > 0
-    (plain, loss), (shared, same_loss) = router(x, valid), router(x, valid, shared=True)
+    (plain, loss, _), (shared, same_loss, _) = router(x, valid), router(x, valid, shared=True)
     assert torch.equal(shared.indices, torch.cat((plain.indices, torch.full((5, 1), 4)), -1))
     assert torch.equal(shared.weights, torch.cat((plain.weights, torch.ones(5, 1)), -1))
     assert torch.equal(shared.load, plain.load) and torch.equal(loss, same_loss)
@@ -130,7 +130,7 @@ def test_sigmoid_scores_that_all_underflow_stay_finite() -> None:
     router = Router(3, 3, 2, score="sigmoid")
     with torch.no_grad():
         router.weight.copy_(torch.eye(3))
-    routing, loss = router(torch.full((1, 3), -200.0), torch.ones(1, dtype=torch.bool))
+    routing, loss, _ = router(torch.full((1, 3), -200.0), torch.ones(1, dtype=torch.bool))
     assert routing.weights.isfinite().all() and loss.isfinite() and routing.entropy.isfinite()
     (routing.weights.sum() + loss).backward()
     assert router.weight.grad is not None and router.weight.grad.isfinite().all()
@@ -147,7 +147,7 @@ def test_statistics_leave_pads_out() -> None:
     router, x = Router(8, 4, 2, dtype=torch.float64, z_loss_weight=0.1), torch.randn(10, 8, dtype=torch.float64)
     valid = torch.rand(10) > 0.4
     garbage = torch.where(valid[:, None], x, torch.full_like(x, 1e3))
-    (with_pads, loss), (alone, loss_alone) = router(garbage, valid), router(x[valid], valid[valid])
+    (with_pads, loss, _), (alone, loss_alone, _) = router(garbage, valid), router(x[valid], valid[valid])
     for name in ("load", "entropy", "balance_loss", "z_loss"):
         torch.testing.assert_close(getattr(with_pads, name), getattr(alone, name), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss, loss_alone, rtol=1e-12, atol=0)
@@ -155,7 +155,7 @@ def test_statistics_leave_pads_out() -> None:
 
 def test_no_real_token_gives_zero_statistics_and_gradients() -> None:
     router = Router(8, 4, 2, z_loss_weight=0.1)
-    routing, loss = router(torch.zeros(3, 8), torch.zeros(3, dtype=torch.bool))
+    routing, loss, _ = router(torch.zeros(3, 8), torch.zeros(3, dtype=torch.bool))
     assert [routing.load.sum().item(), routing.entropy.item(), loss.item()] == [0, 0, 0]
     loss.backward()
     assert router.weight.grad is not None and not router.weight.grad.any()

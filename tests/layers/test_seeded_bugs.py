@@ -57,7 +57,7 @@ def counts_from_positive_weights(patch: Patch) -> None:
         assignment, loss = assign(self, tokens, sequences, kernel)
         assert assignment.weights is not None
         memory = torch.where(assignment.weights > 0, assignment.memory, self.num_states)
-        return Assignment(memory, assignment.weights), loss
+        return assignment._replace(memory=memory), loss
 
     patch.setattr(MoMLayer, "_assign", bug)
 
