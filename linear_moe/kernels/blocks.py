@@ -33,7 +33,7 @@ def piece_of(borders_ptr, stride, piece):
 
 @triton.constexpr_function
 def divides(part, whole):
-    """Whether tiles of `part` make up the `whole`: then none reaches past it, and no column need be compared with it."""
+    """Whether tiles of `part` make up the `whole`: then none that begins in it reaches past it."""
     return whole % part == 0
 
 

@@ -263,6 +263,9 @@ def values_kernel(
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        if dv_ptr is not None:
+            # Before the products: a tile that is loaded after them would draw the sum with it to its own layout.
+            wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
         later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         later_erasure = load_columns(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
@@ -290,9 +293,8 @@ def values_kernel(
         d_write = tl.dot(later_erasure, (-beta * d_write).to(dtype), acc=d_write, input_precision=PRECISION)
         dv = beta * d_write
         if dv_ptr is not None:
-            wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
             at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
-            tl.store(dbeta_ptr + at, scale * tl.sum(d_write * wrong, 1), mask=valid)
+            tl.store(dbeta_ptr + at, scale * tl.sum(d_write * wrong.to(tl.float32), 1), mask=valid)
             store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             dv *= from_start
@@ -406,6 +408,9 @@ def queries_kernel(
         reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         erases = load_rows(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        if overlap_ptr is not None:
+            # Before the products, as in the walk of the values.
+            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         # u = b r is never made: b goes into what u is multiplied with, so that r goes from memory into the products as it is.
         written = tl.load(beta_ptr + at, mask=valid, other=0.0)
         rounded = state.to(dtype)
@@ -428,7 +433,6 @@ def queries_kernel(
             overlap = tl.sum(k.to(tl.float32) * dk, 1)
         dq = tl.dot(reads, k, acc=dq, input_precision=PRECISION)
         if overlap_ptr is not None:
-            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
             overlap += tl.sum(q.to(tl.float32) * dq, 1)
             tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
         own = tl.load(own_ptr + at, mask=valid, other=0.0)

@@ -394,7 +394,9 @@ def backward(
     if reads is None:
         reads = _solve(q, k, v, walk, erasure=False, reads=True).reads
     tiles = cdiv(value_dim, parameters["TILE"])
-    d_beta = torch.zeros(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
+    d_beta = torch.empty(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
+    if not ragged.dense:
+        d_beta.zero_()
     dv = torch.empty_like(v)
 
     def run_values(

@@ -31,28 +31,19 @@ from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, read_rows
 
 
-def choose_launch(kernel: str, dtype: torch.dtype) -> Launch:
-    """Of "scan", or the delta rule's "writes" and "reads".
+def choose_launch(dtype: torch.dtype) -> Launch:
+    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
 
-    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
-
-    The delta rule's, ms at 98,304 tokens in 40 segments, writes and reads: with 64 rows, columns of 32, 4 warps and 2 stages
-    1.06, 1.23; 3 stages 1.28, 1.72; columns of 16 1.18, 1.49, of 64 with 1 stage 1.16, 1.99; with 128 rows and 8 warps 1.01,
-    1.40; 3 stages 1.03, 1.33; columns of 64 0.94, 1.43. Without erase at B8 T4096: 0.54; 128 rows, 8 warps and 3 stages 0.52,
-    2 stages 0.58; where each read had a launch of its own 0.64.
+    The delta rule's, ms at 98,304 tokens in 40 segments, writes and reads: 0.77, 1.00; columns of 64 and 2 stages 0.82, 1.12;
+    2 stages 0.89, 1.20; with 64 rows, 4 warps and 2 stages 0.81, 1.05. Without erase at B8 T4096: 0.51, with 64 rows the same;
+    where each read had a launch of its own 0.64. With tiles finished as they come, not by quarters: 0.94, 1.24 and 0.54.
     """
-    launch = piece_reads.choose_launch(dtype)
-    if dtype == torch.float32:
-        return launch
-    if kernel == "writes":
-        return launch._replace(columns=64, num_stages=2)
-    # Two programs a multiprocessor.
-    return launch._replace(rows=64, num_warps=4, num_stages=2) if kernel == "reads" else launch
+    return piece_reads.choose_launch(dtype)
 
 
 TABLE = LaunchTable(
     "piece_gradients",
-    lambda kernel, decay, key_dim, value_dim, dtype: choose_launch(kernel, dtype),
+    lambda kernel, decay, key_dim, value_dim, dtype: choose_launch(dtype),
     lambda kernel, decay, key_dim, value_dim, dtype: choices(dtype),
 )
 """By the kernel, "scan", or the delta rule's "writes" and "reads", the decay, K, V and the dtype. The piece is that of
@@ -68,9 +59,69 @@ def _place(borders_ptr, borders_stride, program, HEADS: tl.constexpr, BLOCKS: tl
 
 
 @triton.jit
-def _overlap(o, ptr, start, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, row, columns, valid):
-    """<o, x> of every row."""
-    return tl.sum(o * load_rows(ptr, start, head, HEADS, WIDTH, row, columns, valid).to(tl.float32), 1)
+def _settled(x, ptr, valid):
+    """`x` by way of memory, written by one thread and read by others of the program.
+
+    A number that a product's tile left behind is laid out as that is, and would draw to it every tile that it multiplies.
+    """
+    tl.store(ptr, x, mask=valid)
+    tl.debug_barrier()
+    x = tl.load(ptr, mask=valid, other=0.0)
+    # The place may be written again.
+    tl.debug_barrier()
+    return x
+
+
+@triton.jit
+def _halves(o):
+    """Columns of a tile, the left ones and the right ones. No thread gives any of its own away."""
+    HALF: tl.constexpr = o.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(o, (o.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_columns(
+    o, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, FIRST: tl.constexpr, HEADS: tl.constexpr,
+    X_HEADS: tl.constexpr, Y_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    overlap = tl.zeros((o.shape[0],), tl.float32)
+    # Some columns of a block may be past the width, or all.
+    if FIRST < WIDTH:
+        columns = FIRST + tl.arange(0, o.shape[1])
+        if x_ptr is not None:
+            overlap += tl.sum(
+                o * load_rows(x_ptr, start, x_head, X_HEADS, WIDTH, row, columns, valid).to(tl.float32), 1
+            )
+        if y_ptr is not None:
+            y = load_rows(y_ptr, start, y_head, Y_HEADS, WIDTH, row, columns, valid).to(tl.float32)
+            o += weights[:, None] * y
+        store_rows(out_ptr, o, start, head, HEADS, WIDTH, row, columns, valid)
+    return overlap
+
+
+@triton.jit
+def _finish(
+    o, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, HEADS: tl.constexpr, X_HEADS: tl.constexpr,
+    Y_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store o + weights y, and return <o, x> of every row; a null pointer leaves its part out.
+
+    In float32 a tile of 256 columns goes through shared memory to the layout in which the others are loaded. All of it at
+    once, with one of them, would not fit the registers: a quarter does.
+    """
+    QUARTER: tl.constexpr = o.shape[1] // 4
+    left, right = _halves(o)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    overlap = _finish_columns(first, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, 0, HEADS,
+                              X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
+    overlap += _finish_columns(second, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, QUARTER,
+                               HEADS, X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
+    overlap += _finish_columns(third, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, 2 * QUARTER,
+                               HEADS, X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
+    overlap += _finish_columns(fourth, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, 3 * QUARTER,
+                               HEADS, X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
+    return overlap
 
 
 @triton.jit
@@ -112,8 +163,6 @@ def scan_gradients_kernel(
         return
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
-    keys = tl.arange(0, K_BLOCK)
-    values = tl.arange(0, V_BLOCK)
     k_head = head // (HEADS // K_HEADS)
     at = head.to(tl.int64) * num_tokens + start + row
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
@@ -127,16 +176,20 @@ def scan_gradients_kernel(
             HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, APART, PRECISION,
         )  # fmt: skip
         if APART:
-            tl.store(read_ptr + at, _overlap(dq, q_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
-            dq += own[:, None] * load_rows(k_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
-        store_rows(dq_ptr, dq, start, head, HEADS, K, row, keys, valid)
+            own = _settled(own, read_ptr + at, valid)
+            read = _finish(
+                dq, own, q_ptr, k_ptr, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K
+            )
+            tl.store(read_ptr + at, read, mask=valid)
+        else:
+            _finish(dq, None, None, None, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
     if part == 1:
         dk, _ = read_rows(
             v_ptr, do_ptr, q_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
             size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, True, True, False,
             PRECISION,
         )  # fmt: skip
-        store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
+        _finish(dk, None, None, None, dk_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
     if part == 2:
         dv, own = read_rows(
             k_ptr, q_ptr, do_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
@@ -144,9 +197,13 @@ def scan_gradients_kernel(
             written_ptr is not None, PRECISION,
         )  # fmt: skip
         if written_ptr is not None:
-            tl.store(written_ptr + at, _overlap(dv, v_ptr, start, head, HEADS, V, row, values, valid), mask=valid)
-            dv += own[:, None] * load_rows(do_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32)
-        store_rows(dv_ptr, dv, start, head, HEADS, V, row, values, valid)
+            own = _settled(own, written_ptr + at, valid)
+            written = _finish(
+                dv, own, v_ptr, do_ptr, dv_ptr, start, row, valid, head, head, head, HEADS, HEADS, HEADS, V
+            )
+            tl.store(written_ptr + at, written, mask=valid)
+        else:
+            _finish(dv, None, None, None, dv_ptr, start, row, valid, head, head, head, HEADS, HEADS, HEADS, V)
 
 
 @triton.jit
@@ -160,6 +217,7 @@ def delta_writes_kernel(
     beta_ptr,
     ends_ptr,
     dk_ptr,
+    own_ptr,
     written_ptr,
     borders_ptr,
     borders_stride,
@@ -178,13 +236,14 @@ def delta_writes_kernel(
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The write's part of dk. `written`: <dk, k> without a token's own pair; a null pointer without a decay."""
+    """The write's part of dk, and each token's own pair, b <r, scale do>. `written`: <dk, k> without it; a null pointer without
+    a decay.
+    """
     block, head, piece, start, size = _place(borders_ptr, borders_stride, tl.program_id(0), HEADS, PIECE // ROWS)
     if block * ROWS >= size:
         return
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
-    keys = tl.arange(0, K_BLOCK)
     k_head = head // (HEADS // K_HEADS)
     at = head.to(tl.int64) * num_tokens + start + row
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
@@ -203,11 +262,14 @@ def delta_writes_kernel(
     )  # fmt: skip
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
     dk *= beta[:, None]
+    own = _settled(own * beta, own_ptr + at, valid)
     if DECAY != NO_DECAY:
-        tl.store(written_ptr + at, _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
-    own *= beta
-    dk += own[:, None] * load_rows(q_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
-    store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
+        written = _finish(
+            dk, own, k_ptr, q_ptr, dk_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K
+        )
+        tl.store(written_ptr + at, written, mask=valid)
+    else:
+        _finish(dk, own, None, q_ptr, dk_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
 
 
 @triton.jit
@@ -222,6 +284,7 @@ def delta_reads_kernel(
     states_ptr,
     dq_ptr,
     dk_ptr,
+    own_ptr,
     read_ptr,
     erased_ptr,
     borders_ptr,
@@ -251,30 +314,37 @@ def delta_reads_kernel(
         return
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
-    keys = tl.arange(0, K_BLOCK)
     k_head = head // (HEADS // K_HEADS)
     at = head.to(tl.int64) * num_tokens + start + row
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     end = tl.minimum((block + 1) * ROWS, size)
     if part == 0:
-        dq, own = read_rows(
+        dq, _ = read_rows(
             do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
             scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
         )  # fmt: skip
+        own = tl.load(own_ptr + at, mask=valid, other=0.0)
         if DECAY != NO_DECAY:
-            tl.store(read_ptr + at, _overlap(dq, q_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
-        dq += own[:, None] * load_rows(k_ptr, start, k_head, K_HEADS, K, row, keys, valid).to(tl.float32)
-        store_rows(dq_ptr, dq, start, head, HEADS, K, row, keys, valid)
+            read = _finish(
+                dq, own, q_ptr, k_ptr, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K
+            )
+            tl.store(read_ptr + at, read, mask=valid)
+        else:
+            _finish(dq, own, None, k_ptr, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
     if part == 1:
         # The erase reads before the token writes.
         dk, _ = read_rows(
             dv_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
             -1.0, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
         )  # fmt: skip
+        once = tl.full((ROWS,), 1.0, tl.float32)
         if DECAY != NO_DECAY:
-            tl.store(erased_ptr + at, _overlap(dk, k_ptr, start, k_head, K_HEADS, K, row, keys, valid), mask=valid)
-        dk += load_rows(dk_ptr, start, head, HEADS, K, row, keys, valid).to(tl.float32)
-        store_rows(dk_ptr, dk, start, head, HEADS, K, row, keys, valid)
+            erased = _finish(
+                dk, once, k_ptr, dk_ptr, dk_ptr, start, row, valid, head, k_head, head, HEADS, K_HEADS, HEADS, K
+            )
+            tl.store(erased_ptr + at, erased, mask=valid)
+        else:
+            _finish(dk, once, None, dk_ptr, dk_ptr, start, row, valid, head, k_head, head, HEADS, K_HEADS, HEADS, K)
 
 
 class ScanOverlaps(NamedTuple):
@@ -342,6 +412,7 @@ def delta_gradients(
         three = torch.empty(3, *beta.shape, dtype=torch.float32, device=k.device)
         overlaps, each = ScanOverlaps(three[:2], three[2:]), tuple(three)
     read, erased, written = each
+    own = torch.empty(beta.shape, dtype=torch.float32, device=k.device)
     borders = pieces.splits.borders
     both = (q, k, d_output, dv, wrong, pieces.decays, beta)
     where = (borders, borders.stride(0), wrong.shape[0], scale)
@@ -351,12 +422,12 @@ def delta_gradients(
     )
     dk = torch.empty(*wrong.shape[:2], k.shape[2], dtype=dtype, device=k.device)
     launch_kernel(
-        delta_writes_kernel, pieces.num_programs(writes), *both, ends.pop(), dk, written, *where,
+        delta_writes_kernel, pieces.num_programs(writes), *both, ends.pop(), dk, own, written, *where,
         **pieces.constants(writes, k, wrong),
     )  # fmt: skip
     dq = torch.empty_like(dk)
     launch_kernel(
-        delta_reads_kernel, 2 * pieces.num_programs(reads), *both, states, dq, dk, read, erased, *where,
+        delta_reads_kernel, 2 * pieces.num_programs(reads), *both, states, dq, dk, own, read, erased, *where,
         **pieces.constants(reads, k, wrong),
     )  # fmt: skip
     return dq, dk, overlaps

@@ -44,13 +44,13 @@ def _frozen(dtype: torch.dtype) -> Launch:
     """
     if dtype == torch.float32:
         return Launch(outputs=64, rows=64, depth=32, num_warps=4, num_stages=2)
-    return Launch(outputs=256, rows=128, depth=64, num_warps=8, num_stages=3)
+    return Launch(outputs=256, rows=128, depth=64, num_warps=8, num_stages=4)
 
 
 TABLE = LaunchTable("routed product", _frozen, lambda dtype: {"num_stages": (2, 3, 4)})
 """By the dtype."""
 
-NEIGHBOURS = 4
+NEIGHBOURS = 16
 """Tiles of rows whose programs go through the outputs together, so that what they load is in the L2 cache."""
 
 

@@ -385,9 +385,8 @@ BUGS: dict[str, tuple[Case, dict[str, str]]] = {
     ),
     "outputs begin where the first does": (SOME, {"parts_ptr + tl.full((), START, tl.int64) * num_slots": "parts_ptr"}),
     "a strength is at most 1": (SOME, {"largest * _sigmoid(x)": "_sigmoid(x)"}),
-    "a decay without its shift": (SOME, {"_softplus(x + shift)": "_softplus(x)"}),
+    "a decay without its shift": (SOME, {"* softplus(x + shift)": "* softplus(x)"}),
     "a rate without its exponential": (SOME, {"-tl.exp(rate)": "-rate"}),
-    "softplus is relu": (SOME, {"return tl.maximum(x, 0.0) + ": "return tl.maximum(x, 0.0) + 0.0 * "}),
     "a decay is the strength": (SOME, {"DECAY[1] + head": "STRENGTH[1] + head"}),
     "inputs before are not rounded": (
         replace(SOME, dtype=torch.float16), {"other=0.0).to(DTYPE).to(tl.float32)": "other=0.0).to(tl.float32)"},

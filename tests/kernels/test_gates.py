@@ -149,6 +149,7 @@ BUGS = {
     "sums of the first rows alone": Bug(gates, "sum_rows(sums, torch.float32)", "sums[0]"),
     "the sums changed over": Bug(gates, "d_shift, d_rate = sum", "d_rate, d_shift = sum"),
     "the softplus's slope forgotten": Bug(gates, "d_x = d_log_decay * pace * opened", "d_x = d_log_decay * pace"),
+    "softplus is relu": Bug(gates, "return tl.maximum(x, 0.0) +", "return tl.maximum(x, 0.0) + 0.0 *"),
     "the last row left out": Bug(gates, "(row < num_rows) &", "(row < num_rows - 1) &"),
 }
 

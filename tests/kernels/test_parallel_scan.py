@@ -106,11 +106,15 @@ BUGS = {
     ),
     "a token's own pair forgotten": (
         SCALAR,
-        Bug(piece_gradients, "            dq += own[:, None]", "            dq += 0 * own[:, None]"),
+        Bug(piece_gradients, "_settled(own, read_ptr + at, valid)", "0 * _settled(own, read_ptr + at, valid)"),
+    ),
+    "two quarters of the columns exchanged": (
+        SCALAR,
+        Bug(piece_gradients, "first, second = _halves(left)", "second, first = _halves(left)"),
     ),
     "beta forgotten in what is read": (DELTA, Bug(piece_reads, "products *= weights[None, :]", "pass")),
     "beta forgotten in what is written": (DELTA, Bug(piece_gradients, "dk *= beta[:, None]", "pass")),
-    "beta forgotten in a token's own pair": (DELTA, Bug(piece_gradients, "own *= beta", "pass")),
+    "beta forgotten in a token's own pair": (DELTA, Bug(piece_gradients, "_settled(own * beta,", "_settled(own,")),
     "the erase reads what its token writes": (
         DELTA,
         Bug(piece_gradients, f"-1.0, {ERASED}True", f"-1.0, {ERASED}False"),
@@ -118,13 +122,16 @@ BUGS = {
     "the erase added": (DELTA, Bug(piece_gradients, "-1.0, HEADS", "1.0, HEADS")),
     "the erase put in place of the write": (
         DELTA,
-        Bug(piece_gradients, "dk += load_rows(dk", "dk += 0 * load_rows(dk"),
+        Bug(piece_gradients, "once = tl.full((ROWS,), 1.0,", "once = tl.full((ROWS,), 0.0,"),
     ),
     "what erases forgotten in the keys' gradient": (
         DELTA,
         Bug(piece_gradients, "num_tokens, -1.0,", "num_tokens, 0.0,"),
     ),
-    "what an erase crosses forgotten": (DELTA, Bug(piece_gradients, "erased_ptr + at, _", "erased_ptr + at, 0 * _")),
+    "what an erase crosses forgotten": (
+        DELTA,
+        Bug(piece_gradients, "erased_ptr + at, erased", "erased_ptr + at, 0 * erased"),
+    ),
     "a stored state of the delta rule after its chunk": (
         DELTA,
         Bug(delta_walks, "if chunk * CHUNK % PIECE == 0:", "if chunk * CHUNK % PIECE == CHUNK:"),
