@@ -6,6 +6,9 @@ Both are first held to the error budget in float64, on shorter inputs of the sam
 gets no time. The peer is imported if it is installed (fla-core). It tunes itself for minutes: `--prepare 8` lets 8 processes
 compile and tune everything first, so that the timed process finds it in Triton's cache.
 
+Times are of CUDA graphs, in which nothing waits for Python. Where one can't be captured it is launched call by call, and the
+row says so.
+
 The floor is the time in which the measured copy bandwidth moves each input once and each output once: forward q, k, v, o and
 the gates; forward and backward these, their gradients, and q, k, v and the gates once more.
 """
@@ -24,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from measuring import provenance, write_rows
+from measuring import captured, provenance, write_rows
 from rich.progress import track
 from torch import Tensor
 
@@ -177,10 +180,25 @@ def median(function: Callable[[], object]) -> float:
     return value
 
 
-def measure(run: Run, rule: str, shape: Shape) -> tuple[float, float, float]:
-    """Milliseconds forward, and forward + backward; MiB at the peak of both beyond the inputs."""
-    inputs, cu_seqlens = draw(rule, shape), borders(shape)
-    seed = torch.randn_like(inputs["v"])
+class Measured(NamedTuple):
+    """Of one implementation."""
+
+    forward_ms: float
+    both_ms: float
+    """Forward + backward."""
+    peak: float
+    """MiB of both, beyond the inputs."""
+    timed: str
+    """"replayed", or "called" from Python."""
+
+
+def measure(run: Run, rule: str, shape: Shape) -> Measured:
+    """Times and memory of a scan."""
+    # Leaves of a stream of their own: a gradient is made on its leaf's, and the default one is not captured.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        inputs, cu_seqlens = draw(rule, shape), borders(shape)
+        seed = torch.randn_like(inputs["v"])
+    torch.cuda.synchronize()
 
     def forward() -> None:
         with torch.no_grad():
@@ -189,12 +207,18 @@ def measure(run: Run, rule: str, shape: Shape) -> tuple[float, float, float]:
     def both() -> None:
         torch.autograd.grad(run(inputs, cu_seqlens), list(inputs.values()), seed)
 
-    forward_ms, both_ms = median(forward), median(both)
+    timed = "replayed"
+    try:
+        forward_ms, both_ms = (median(captured(function).replay) for function in (forward, both))
+    except RuntimeError:
+        torch.cuda.synchronize()
+        timed = "called"
+        forward_ms, both_ms = median(forward), median(both)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
-    return forward_ms, both_ms, (torch.cuda.max_memory_allocated() - before) / 2**20
+    return Measured(forward_ms, both_ms, (torch.cuda.max_memory_allocated() - before) / 2**20, timed)
 
 
 def copy_speed() -> float:
@@ -211,7 +235,7 @@ def row(rule: str, shape: Shape, speed: float, with_peer: bool) -> dict[str, obj
     token_bytes = sum(x.nbytes for x in inputs.values())
     once = (token_bytes + inputs["v"].nbytes) * shape.length
     floors = (once / speed, (3 * token_bytes + 2 * inputs["v"].nbytes) * shape.length / speed)
-    times: dict[str, tuple[float, float, float]] = {}
+    times: dict[str, Measured] = {}
     for who, make in (("ours", lambda: ours(rule, "triton")), ("peer", lambda: peer(rule))):
         if who == "peer" and not with_peer:
             continue
@@ -220,15 +244,17 @@ def row(rule: str, shape: Shape, speed: float, with_peer: bool) -> dict[str, obj
             print(f"{who} {rule} {shape}: no time, {fault}", file=sys.stderr)
             continue
         times[who] = measure(make(), rule, shape)
-        for name, value in zip(("forward_ms", "both_ms", "peak_MiB"), times[who], strict=True):
-            values[f"{who}_{name}"] = round(value, 3)
+        made = times[who]
+        values |= {f"{who}_forward_ms": round(made.forward_ms, 3), f"{who}_both_ms": round(made.both_ms, 3)}
+        values |= {f"{who}_peak_MiB": round(made.peak, 1), f"{who}_timed": made.timed}
     if "ours" in times:
-        values["forward_over_floor"] = round(1e-3 * times["ours"][0] / floors[0], 2)
-        values["both_over_floor"] = round(1e-3 * times["ours"][1] / floors[1], 2)
+        values["forward_over_floor"] = round(1e-3 * times["ours"].forward_ms / floors[0], 2)
+        values["both_over_floor"] = round(1e-3 * times["ours"].both_ms / floors[1], 2)
     if len(times) == 2:
-        for at, name in enumerate(("forward_speed_up", "both_speed_up")):
-            values[name] = round(times["peer"][at] / times["ours"][at], 2)
-        values["memory_ratio"] = round(times["ours"][2] / times["peer"][2], 2)
+        own, other = times["ours"], times["peer"]
+        values["forward_speed_up"] = round(other.forward_ms / own.forward_ms, 2)
+        values["both_speed_up"] = round(other.both_ms / own.both_ms, 2)
+        values["memory_ratio"] = round(own.peak / other.peak, 2)
     return values
 
 
