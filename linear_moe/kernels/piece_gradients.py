@@ -223,6 +223,7 @@ def delta_writes_kernel(
     borders_stride,
     num_tokens,
     scale,
+    minus,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -238,6 +239,9 @@ def delta_writes_kernel(
 ):
     """The write's part of dk, and each token's own pair, b <r, scale do>. `written`: <dk, k> without it; a null pointer without
     a decay.
+
+    `minus` is -1, and no constant: of a sum of products of which only the sign is turned, ptxas (12.8, that of triton 3.6) can
+    leave the products out.
     """
     block, head, piece, start, size = _place(borders_ptr, borders_stride, tl.program_id(0), HEADS, PIECE // ROWS)
     if block * ROWS >= size:
@@ -257,7 +261,7 @@ def delta_writes_kernel(
         block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
     )  # fmt: skip
     dk, _ = add_pairs(
-        dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, -1.0,
+        dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, minus,
         block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
     )  # fmt: skip
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
@@ -291,6 +295,7 @@ def delta_reads_kernel(
     borders_stride,
     num_tokens,
     scale,
+    minus,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -335,7 +340,7 @@ def delta_reads_kernel(
         # The erase reads before the token writes.
         dk, _ = read_rows(
             dv_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
-            -1.0, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
+            minus, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
         )  # fmt: skip
         once = tl.full((ROWS,), 1.0, tl.float32)
         if DECAY != NO_DECAY:
@@ -415,7 +420,7 @@ def delta_gradients(
     own = torch.empty(beta.shape, dtype=torch.float32, device=k.device)
     borders = pieces.splits.borders
     both = (q, k, d_output, dv, wrong, pieces.decays, beta)
-    where = (borders, borders.stride(0), wrong.shape[0], scale)
+    where = (borders, borders.stride(0), wrong.shape[0], scale, -1.0)
     writes, reads = (
         TABLE.pick(k.device, name, DECAY_NAMES[pieces.kind], k.shape[2], wrong.shape[2], k.dtype)
         for name in ("writes", "reads")
