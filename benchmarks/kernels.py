@@ -6,8 +6,8 @@ Both are first held to the error budget in float64, on shorter inputs of the sam
 gets no time. The peer is imported if it is installed (fla-core). It tunes itself for minutes: `--prepare 8` lets 8 processes
 compile and tune everything first, so that the timed process finds it in Triton's cache.
 
-Times are of CUDA graphs, in which nothing waits for Python. Where one can't be captured it is launched call by call, and the
-row says so.
+Times are of CUDA graphs, in which nothing waits for Python. The peer is launched call by call on unequal segments, whose borders
+it takes to the host; the row says so.
 
 The floor is the time in which the measured copy bandwidth moves each input once and each output once: forward q, k, v, o and
 the gates; forward and backward these, their gradients, and q, k, v and the gates once more.
@@ -192,7 +192,7 @@ class Measured(NamedTuple):
     """"replayed", or "called" from Python."""
 
 
-def measure(run: Run, rule: str, shape: Shape) -> Measured:
+def measure(run: Run, rule: str, shape: Shape, replayed: bool) -> Measured:
     """Times and memory of a scan."""
     # Leaves of a stream of their own: a gradient is made on its leaf's, and the default one is not captured.
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -207,18 +207,14 @@ def measure(run: Run, rule: str, shape: Shape) -> Measured:
     def both() -> None:
         torch.autograd.grad(run(inputs, cu_seqlens), list(inputs.values()), seed)
 
-    timed = "replayed"
-    try:
-        forward_ms, both_ms = (median(captured(function).replay) for function in (forward, both))
-    except RuntimeError:
-        torch.cuda.synchronize()
-        timed = "called"
-        forward_ms, both_ms = median(forward), median(both)
+    forward_ms, both_ms = (median(captured(function).replay if replayed else function) for function in (forward, both))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
-    return Measured(forward_ms, both_ms, (torch.cuda.max_memory_allocated() - before) / 2**20, timed)
+    return Measured(
+        forward_ms, both_ms, (torch.cuda.max_memory_allocated() - before) / 2**20, "replayed" if replayed else "called"
+    )
 
 
 def copy_speed() -> float:
@@ -243,7 +239,7 @@ def row(rule: str, shape: Shape, speed: float, with_peer: bool) -> dict[str, obj
         if fault:
             print(f"{who} {rule} {shape}: no time, {fault}", file=sys.stderr)
             continue
-        times[who] = measure(make(), rule, shape)
+        times[who] = measure(make(), rule, shape, replayed=who == "ours" or shape.segments is None)
         made = times[who]
         values |= {f"{who}_forward_ms": round(made.forward_ms, 3), f"{who}_both_ms": round(made.both_ms, 3)}
         values |= {f"{who}_peak_MiB": round(made.peak, 1), f"{who}_timed": made.timed}
