@@ -6,8 +6,8 @@ Both are first held to the error budget in float64, on shorter inputs of the sam
 gets no time. The peer is imported if it is installed (fla-core). It tunes itself for minutes: `--prepare 8` lets 8 processes
 compile and tune everything first, so that the timed process finds it in Triton's cache.
 
-Times are of CUDA graphs, in which nothing waits for Python. The peer is launched call by call on unequal segments, whose borders
-it takes to the host; the row says so.
+Times are of CUDA graphs, in which nothing waits for Python. The peer is launched call by call on unequal segments, whose
+borders it takes to the host; the row says so.
 
 The floor is the time in which the measured copy bandwidth moves each input once and each output once: forward q, k, v, o and
 the gates; forward and backward these, their gradients, and q, k, v and the gates once more.
