@@ -424,6 +424,7 @@ def backward(
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
     stored = [] if walk.pieces is None else [new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)]
     run_values(reads, dv, reverse_starts, piece_ends, splits.borders, *stored)
+    # Its memory is free for what comes next.
     del reads
     d_initial = None
     if initial_state is not None:

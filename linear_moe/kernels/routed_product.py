@@ -41,6 +41,8 @@ class Launch(NamedTuple):
 def _frozen(dtype: torch.dtype) -> Launch:
     """In bfloat16 on an H100 65,536 routed and 32,768 shared slots of 1,024 inputs and 2,056 outputs take 0.72 ms; with tiles
     of 128 outputs 1.00, with 256 rows of 128 outputs 0.77. torch's grouped product takes 0.78, after 0.14 to gather the rows.
+    On normal inputs, which draw more power: 0.79, with 8 neighbours 0.81, with 4 and 3 stages 0.82, with a depth of 128 and 2
+    stages 0.90.
     """
     if dtype == torch.float32:
         return Launch(outputs=64, rows=64, depth=32, num_warps=4, num_stages=2)
