@@ -89,9 +89,12 @@ class _Route(torch.autograd.Function):
         _, indices, _, statistics, logits = made
         ctx.options = options
         ctx.save_for_backward(x, weight, valid, indices, statistics, logits)
-        ctx.mark_non_differentiable(indices, statistics, logits)
+        tokens = x.view_as(x)
+        # Of tokens that want no gradient nothing need be sent back.
+        constant = () if ctx.needs_input_grad[0] else (tokens,)
+        ctx.mark_non_differentiable(indices, statistics, logits, *constant)
         ctx.set_materialize_grads(False)
-        return *made, x.view_as(x)
+        return *made, tokens
 
     @staticmethod
     @once_differentiable

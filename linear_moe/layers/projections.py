@@ -81,7 +81,10 @@ class _RoutedLinear(torch.autograd.Function):
             product = routed_product(tokens, source, weight, ends)
         else:
             product = F.grouped_mm(tokens.index_select(0, source), weight.mT, offs=ends)
-        return product, tokens.view_as(tokens), tokens.view_as(tokens)
+        again, once_more = tokens.view_as(tokens), tokens.view_as(tokens)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(again, once_more)
+        return product, again, once_more
 
     @staticmethod
     @once_differentiable

@@ -184,6 +184,10 @@ def test_a_group_of_all_tokens_is_like_any_other(shared: bool) -> None:
     d_product = torch.randn(len(slots), 40)
     made = routed_linear(x, weight, torch.nn.functional.pad(inputs["ends"], (1, 0)), source, place, shared=shared)
     assert made is not None
+    still = routed_linear(
+        x.detach(), weight, torch.nn.functional.pad(inputs["ends"], (1, 0)), source, place, shared=shared
+    )
+    assert still is not None and [each.requires_grad for each in still] == [True, False, False]
     found = torch.autograd.grad(made[0], (x, weight), d_product)
     exact = [each.detach().double().requires_grad_() for each in (x, weight)]
     expected = definition({**inputs, "x": exact[0], "weight": exact[1], "source": source})

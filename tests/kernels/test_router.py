@@ -377,6 +377,8 @@ def test_only_weights_loss_and_tokens_have_gradients() -> None:
     inputs = draw(PADDED)
     made = route(inputs["x"].requires_grad_(), inputs["weight"], inputs["valid"], top_k=2)
     assert [name for name, x in made._asdict().items() if x.requires_grad] == ["weights", "loss", "tokens"]
+    made = route(inputs["x"].detach(), inputs["weight"].requires_grad_(), inputs["valid"], top_k=2)
+    assert [name for name, x in made._asdict().items() if x.requires_grad] == ["weights", "loss"]
 
 
 @every_example
