@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,7 +44,7 @@ class Watcher:
     def update(self, report: StepReport) -> None:
         self.steps.append(report.step)
         if report.step == self.interrupt_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start(folder: Path, *, steps: int = STEPS, **plan: int) -> Run:
