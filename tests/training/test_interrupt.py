@@ -11,6 +11,14 @@ from linear_moe.training.interrupt import InterruptGuard
 
 
 def test_the_second_interrupts() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_twice() -> None:
     with InterruptGuard() as guard:
         assert not guard.requested
         # To this thread, which has handled it on return: the process's signals may reach another first.
