@@ -109,10 +109,10 @@ def read_state(
             moved, some = 0, first + channels
         part = load_rows(a_ptr + moved, start, head // (HEADS // A_HEADS), A_HEADS, K, row, some, valid)
         state_at = moved * STEP + state_offsets(piece, head, HEADS, some, values, K, V, TRANSPOSED_STATE)
-        mask = (some < K)[:, None] & (values < V)[None, :]
         if K % SLICE == 0 and V == V_BLOCK:
             state = tl.load(states_ptr + state_at)
         else:
+            mask = (some < K)[:, None] & (values < V)[None, :]
             state = tl.load(states_ptr + state_at, mask=mask, other=0.0)
         o = tl.dot(part, state, acc=o, input_precision=PRECISION)
     return o

@@ -20,6 +20,9 @@ from linear_moe.kernels.blocks import block_of, cdiv
 from linear_moe.kernels.launch import launch_kernel
 
 
+MOST_ADDENDS = 3
+
+
 class Launch(NamedTuple):
     """Launch parameters of both passes."""
 
@@ -36,7 +39,6 @@ class Launch(NamedTuple):
 # From a frozen table, derived, not measured. 16 numbers a thread are two loads of 16 bytes in bfloat16. Forward a tile of 8
 # tokens waits once a slot for the rows of all of them; backward a tile has all slots of a token, so that they are one wait: 4
 # slots of 1,024 channels are one tile of 8 warps.
-MOST_ADDENDS = 3
 LAUNCH = Launch(forward=2048, channels=256, backward=4096, numbers_per_thread=16)
 
 

@@ -135,8 +135,7 @@ def test_strides_change_nothing() -> None:
 @pytest.mark.parametrize("case", [Case(3), Case(3, decay=False), Case(3, strength=False)], ids=str)
 def test_what_torch_asks_of_an_operator(case: Case) -> None:
     inputs = {name: z.clone().requires_grad_() for name, z in draw(case).items()}
-    arguments = (*(inputs[name] if case.decay else None for name in ("x", "rate", "shift")),)
-    x, rate, shift = arguments
+    x, rate, shift = (inputs[name] if case.decay else None for name in ("x", "rate", "shift"))
     torch.library.opcheck(gates_operator._gates, (x, inputs["y"] if case.strength else None, rate, shift, case.largest))
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from linear_moe.training.interrupt import InterruptGuard
 
 
-def test_the_second_interrupts() -> None:
+@pytest.fixture
+def _as_in_the_foreground() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT, and so do its children."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        _interrupt_twice()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
-def _interrupt_twice() -> None:
+@pytest.mark.usefixtures("_as_in_the_foreground")
+def test_the_second_interrupts() -> None:
     with InterruptGuard() as guard:
         assert not guard.requested
         # To this thread, which has handled it on return: the process's signals may reach another first.
