@@ -19,7 +19,6 @@ from torch import Tensor
 from linear_moe.kernels.blocks import block_of, cdiv
 from linear_moe.kernels.launch import launch_kernel
 
-
 MOST_ADDENDS = 3
 
 
