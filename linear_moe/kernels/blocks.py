@@ -236,6 +236,21 @@ def new_states(count: int, k: Tensor, v: Tensor, dtype: torch.dtype = torch.floa
     return torch.empty(count, v.shape[1], k.shape[2], v.shape[2], dtype=dtype, device=k.device)
 
 
+LINE = 128
+"""Bytes of what a GPU's caches hold and its memory is read by."""
+
+
+def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for `[rows, columns]` of the dtype of `like`, where each row begins a line, if that takes little more room.
+
+    Lines that rows share are read and written in parts. On an H100 a pass over 1,024 of 2,056 bfloat16 columns takes a quarter
+    longer, and a pass that also writes them four fifths.
+    """
+    line = LINE // like.element_size()
+    apart = cdiv(columns, line) * line
+    return like.new_empty(rows, apart if 8 * apart <= 9 * columns else columns)[:, :columns]
+
+
 def sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
     """A gradient `[S, H, K]` float32 summed over the value heads that share a key head, in the shape and dtype of `like`."""
     return gradient.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linear_moe.kernels import combine, slot_plan, slot_sum
 from linear_moe.kernels import routed_product as _routed_product
+from linear_moe.kernels.blocks import new_rows
 from linear_moe.kernels.operator import FLOATS, check_tensor, operator
 from linear_moe.kernels.slot_plan import SlotPlan
 
@@ -179,7 +180,7 @@ def routed_product(x: Tensor, source: Tensor, weight: Tensor, ends: Tensor) -> T
     """Row r is `x[source[r]]` times the matrix of its group: `[R, O]` of contiguous `x` `[S, I]` and `weight` `[G, O, I]`.
 
     `source` is `[R]`, sorted by group; `ends` `[G]` int32 says where each group's rows end, the last at R at most. Rows past it
-    are anything.
+    are anything. Those of the product may lie further apart than O.
     """
     with torch.cuda.device_of(x):
         return _routed_product.product(x, source, weight, ends)
@@ -187,7 +188,7 @@ def routed_product(x: Tensor, source: Tensor, weight: Tensor, ends: Tensor) -> T
 
 @torch.library.register_fake("linear_moe::routed_product")
 def _(x, source, weight, ends):
-    return x.new_empty(source.shape[0], weight.shape[1])
+    return new_rows(x, source.shape[0], weight.shape[1])
 
 
 @operator("weighted_sum")

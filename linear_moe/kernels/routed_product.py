@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import block_of, cdiv, precision_of
+from linear_moe.kernels.blocks import block_of, cdiv, new_rows, precision_of
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 
@@ -79,6 +79,7 @@ def _product_kernel(
     weight_ptr,
     ends_ptr,
     y_ptr,
+    y_stride,
     row_tiles,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -123,7 +124,7 @@ def _product_kernel(
                 y = tl.dot(x, weight, y, input_precision=PRECISION)
                 weight = tl.load(last_at + at, mask=inside[:, None] & (last < OUTPUTS)[None, :], other=0.0)
                 rest = tl.dot(x, weight, rest, input_precision=PRECISION)
-            y_at = y_ptr + row[:, None] * OUTPUTS + last[None, :]
+            y_at = y_ptr + row[:, None] * y_stride + last[None, :]
             tl.store(y_at, rest.to(y_ptr.dtype.element_ty), mask=exists[:, None] & (last < OUTPUTS)[None, :])
     if (TAIL == 0) | (tile > 0):
         for at in range(0, INPUTS, DEPTH):
@@ -131,7 +132,7 @@ def _product_kernel(
             x = tl.load(x_at + at, mask=inside[None, :], other=0.0)
             weight = tl.load(weight_at + at, mask=inside[:, None] & in_columns[None, :], other=0.0)
             y = tl.dot(x, weight, y, input_precision=PRECISION)
-    y_at = y_ptr + row[:, None] * OUTPUTS + column[None, :]
+    y_at = y_ptr + row[:, None] * y_stride + column[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=exists[:, None] & in_columns[None, :])
 
 
@@ -139,10 +140,10 @@ def product(x: Tensor, source: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Row r is `x[source[r]]` times the matrix of its group: `[R, O]`.
 
     `x` is `[S, I]`, `source` `[R]` int64, sorted by group, `weight` `[G, O, I]`, `ends` `[G]` int32, R at most. All are
-    contiguous. Rows past the last end are anything.
+    contiguous, but for the product, whose rows may lie further apart than O. Rows past the last end are anything.
     """
     (groups, outputs, inputs), rows = weight.shape, source.shape[0]
-    y = x.new_empty(rows, outputs)
+    y = new_rows(x, rows, outputs)
     if y.numel() == 0:
         return y
     launch = TABLE.pick(x.device, x.dtype)
@@ -156,6 +157,7 @@ def product(x: Tensor, source: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight,
         ends,
         y,
+        y.stride(0),
         row_tiles,
         INPUTS=inputs,
         OUTPUTS=outputs,

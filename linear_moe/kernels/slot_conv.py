@@ -32,6 +32,7 @@ from linear_moe.kernels.launch import launch_kernel
 NORM_EPS = tl.constexpr(1e-6)
 """Inside the square root; the rules' l2 norm has the same."""
 NEVER = tl.constexpr(1 << 62)
+LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST_WIDTH = 8
 LARGEST_HEAD = 256
 
@@ -66,8 +67,8 @@ class Copy(NamedTuple):
 # at 98,304 slots, C 1024, W 4). A thread has 8 channels: a row is a load of 16 bytes. Forward 0.389 and 0.175; runs of 64 0.411
 # and 0.186, of 128 0.477 and 0.218; 3 rows ahead 0.423. Backward 0.696 and 0.332; runs of 64 0.746 and 0.345, of 256 0.862 and
 # 0.400; 256 channels 0.711; 3 rows ahead 0.883. The floors at 3 TB/s are 0.27 and 0.09 forward, 0.40 and 0.16 backward.
-FORWARD = Launch(channels=256, length=32, ahead=2, channels_per_warp=256)
-BACKWARD = Launch(channels=128, length=128, ahead=2, channels_per_warp=128)
+FORWARD = Launch(channels=256, length=64, ahead=2, channels_per_warp=256)
+BACKWARD = Launch(channels=128, length=128, ahead=3, channels_per_warp=256)
 INTERPRETED_WALKS = 64
 COPY = Copy(numbers=2048, channels=256, num_warps=4)
 """Of what takes every row by itself."""
@@ -165,9 +166,16 @@ def _bias(bias_ptr, channels, in_channels):
 
 
 @triton.jit
-def _sigmoid(z):
-    """The exponent is kept where it can't overflow; what that changes is nothing in float32."""
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-z, 80.0)))
+def _sigmoid(z, EXACT: tl.constexpr):
+    """Of z in float32, exact to its last bits or, in half the instructions, to what 16 bits keep.
+
+    The exponent is kept where nothing overflows; what that changes is nothing in float32.
+    """
+    if EXACT:
+        return 1.0 / (1.0 + tl.exp(tl.minimum(-z, 80.0)))
+    else:
+        root = tl.rsqrt(1.0 + tl.exp2(tl.minimum(z * -LOG2E, 126.0)))
+        return root * root
 
 
 @triton.jit
@@ -179,17 +187,28 @@ def _over_heads(x, HEAD: tl.constexpr):
 
 
 @triton.jit
-def _gradient(d, z, SILU: tl.constexpr, HEAD: tl.constexpr):
+def _both_over_heads(x, y, HEAD: tl.constexpr):
+    """`_over_heads` of two at once: warps meet but once."""
+    HEADS: tl.constexpr = x.shape[0] * x.shape[1] // HEAD
+    by_head = tl.join(tl.reshape(x, (HEADS, HEAD)), tl.reshape(y, (HEADS, HEAD)))
+    of_x, of_y = tl.split(tl.sum(by_head, 1))
+    zeros = tl.zeros((HEADS, HEAD), tl.float32)
+    return tl.reshape(of_x[:, None] + zeros, x.shape), tl.reshape(of_y[:, None] + zeros, x.shape)
+
+
+@triton.jit
+def _gradient(d, z, SILU: tl.constexpr, HEAD: tl.constexpr, EXACT: tl.constexpr):
     """The loss's gradient by z, from that by the output. 0 where that is 0 along a head."""
     y = z
     slope = 1.0
     if SILU:
-        sigmoid = _sigmoid(z)
+        sigmoid = _sigmoid(z, EXACT)
         y = z * sigmoid
         slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
     if HEAD > 0:
-        shrink = tl.rsqrt(_over_heads(y * y, HEAD) + NORM_EPS)
-        d = shrink * (d - y * (_over_heads(d * y, HEAD) * shrink * shrink))
+        of_squares, of_products = _both_over_heads(y * y, d * y, HEAD)
+        shrink = tl.rsqrt(of_squares + NORM_EPS)
+        d = shrink * (d - y * (of_products * shrink * shrink))
     return d * slope
 
 
@@ -222,26 +241,21 @@ def _forward_kernel(
     rows = (run * WALKS + tl.arange(0, WALKS)) * LENGTH
     border = tl.load(cu_seqlens_ptr + num_segments)
     # Nothing is known yet: the first step looks for its segment as one at a border does.
-    segment, begin, end = rows, rows, rows
+    left = rows - rows
     window = _zeros(WIDTH - 1, WALKS, BLOCK)
-    ahead = ()
-    for step in tl.static_range(AHEAD):
-        coming = rows + step
-        ahead = ahead + (_load(x_ptr, x_stride, source_ptr, coming, coming < border, channels, in_channels),)
-    for _ in range(LENGTH):
-        x = ahead[0].to(tl.float32)
-        coming = rows + AHEAD
-        ahead = ahead[1:] + (_load(x_ptr, x_stride, source_ptr, coming, coming < border, channels, in_channels),)
+    for _ in tl.range(LENGTH, num_stages=AHEAD + 1):
+        x = _load(x_ptr, x_stride, source_ptr, rows, rows < border, channels, in_channels).to(tl.float32)
         exists = rows < num_slots
-        if tl.max((rows >= end).to(tl.int32), 0) > 0:
+        if tl.min(left, 0) <= 0:
             segment, begin, end = _segment_of(segment_ptr, cu_seqlens_ptr, num_segments, rows, exists)
+            left = end - rows
             window = _window(
                 x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
                 CHANNELS, WIDTH,
             )  # fmt: skip
         y = _convolved(window, x, taps, bias, WIDTH)
         if SILU:
-            y *= _sigmoid(y)
+            y *= _sigmoid(y, x_ptr.dtype.element_ty == tl.float32)
         if HEAD > 0:
             y *= tl.rsqrt(_over_heads(y * y, HEAD) + NORM_EPS)
         if bias_ptr is not None:
@@ -251,6 +265,7 @@ def _forward_kernel(
         if WIDTH > 1:
             window = window[1:] + (x,)
         rows += 1
+        left -= 1
 
 
 @triton.jit
@@ -302,30 +317,21 @@ def _backward_kernel(
     past = tl.minimum(first + LENGTH, num_slots)
     border = tl.load(cu_seqlens_ptr + num_segments)
     rows = first
-    segment, begin, end = rows, rows, rows
+    segment, end, left, lowest = rows, rows, rows - rows, first
     # Of the W - 1 rows before this one, oldest first: the inputs, and their gradients so far.
     window = _zeros(LATE, WALKS, BLOCK)
     d_window = _zeros(LATE, WALKS, BLOCK)
     sums = _zeros(NUM_SUMS, WALKS, BLOCK)
-    ahead, d_ahead = (), ()
-    for step in tl.static_range(AHEAD):
-        coming = rows + step
-        valid = coming < border
-        ahead = ahead + (_load(x_ptr, x_stride, source_ptr, coming, valid, channels, in_channels),)
-        d_ahead = d_ahead + (_load(d_output_ptr, CHANNELS, None, coming, valid, channels, in_channels),)
-    for step in range(LENGTH + LATE):
-        x, d = ahead[0].to(tl.float32), d_ahead[0].to(tl.float32)
-        coming = rows + AHEAD
-        valid = coming < border
-        ahead = ahead[1:] + (_load(x_ptr, x_stride, source_ptr, coming, valid, channels, in_channels),)
-        d_ahead = d_ahead[1:] + (_load(d_output_ptr, CHANNELS, None, coming, valid, channels, in_channels),)
-        over = rows >= end
-        if tl.max(over.to(tl.int32), 0) > 0:
+    for step in tl.range(LENGTH + LATE, num_stages=AHEAD + 1):
+        valid = rows < border
+        x = _load(x_ptr, x_stride, source_ptr, rows, valid, channels, in_channels).to(tl.float32)
+        d = _load(d_output_ptr, CHANNELS, None, rows, valid, channels, in_channels).to(tl.float32)
+        if tl.min(left, 0) <= 0:
             if d_x_ptr is not None:
                 # No later row adds to the last ones of the segment before. What is left in the window of theirs is not stored.
                 for tap in tl.static_range(LATE):
                     earlier = rows - (LATE - tap)
-                    stored = over & (earlier >= tl.maximum(begin, first)) & (earlier < past)
+                    stored = (left <= 0) & (earlier >= lowest) & (earlier < past)
                     _store_gradient(
                         d_x_ptr, d_x_stride, d_carried_ptr, d_window[tap], earlier, stored, segment, end, num_segments,
                         channels, in_channels, CHANNELS, WIDTH,
@@ -335,7 +341,8 @@ def _backward_kernel(
                 x_ptr, x_stride, source_ptr, state_ptr, rows, segment, begin, num_segments, channels, in_channels,
                 CHANNELS, WIDTH,
             )  # fmt: skip
-        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, HEAD)
+            left, lowest = end - rows, tl.maximum(begin, first)
+        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, HEAD, x_ptr.dtype.element_ty == tl.float32)
         if step < LENGTH:
             added = ()
             for tap in tl.static_range(LATE):
@@ -350,7 +357,7 @@ def _backward_kernel(
                 d_now = d_now + (d_window[tap] + d * taps[tap],)
             d_now = d_now + (d * taps[LATE],)
             earlier = rows - LATE
-            stored = (earlier >= tl.maximum(begin, first)) & (earlier < past)
+            stored = (earlier >= lowest) & (earlier < past)
             _store_gradient(
                 d_x_ptr, d_x_stride, d_carried_ptr, d_now[0], earlier, stored, segment, end, num_segments, channels,
                 in_channels, CHANNELS, WIDTH,
@@ -359,6 +366,7 @@ def _backward_kernel(
         if WIDTH > 1:
             window = window[1:] + (x,)
         rows += 1
+        left -= 1
     exists = (first < num_slots)[:, None] & in_channels[None, :]
     for tap in tl.static_range(NUM_SUMS):
         at = sums_ptr + (runs * NUM_SUMS + tap)[:, None] * CHANNELS + channels[None, :]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import slot_conv as kernels
+from linear_moe.kernels.blocks import new_rows
 from linear_moe.kernels.operator import operator
 from linear_moe.kernels.slot_conv_operator import check_slot_conv, segment_of_slots
 
@@ -56,7 +57,7 @@ def _column_convs_backward(
     widths: Sequence[int], norm_heads: Sequence[int], silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *d_parts, d_rest = d_outputs
-    d_x = x.new_empty(x.shape)
+    d_x = new_rows(x, *x.shape)
     d_x[:, sum(widths) :] = d_rest
     with torch.cuda.device_of(x):
         made = [
@@ -72,7 +73,7 @@ def _column_convs_backward(
 @torch.library.register_fake("linear_moe::column_convs_backward")
 def _(d_outputs, x, weight, bias, cu_seqlens, segment, widths, norm_heads, silu):
     d_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias
+    return new_rows(x, *x.shape), weight.new_empty(weight.shape), d_bias
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

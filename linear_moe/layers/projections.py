@@ -94,7 +94,8 @@ class _RoutedLinear(torch.autograd.Function):
         tokens, weight, ends, source, place = ctx.saved_tensors
         if gradient is None:
             gradient = tokens.new_zeros(source.shape[0], weight.shape[1])
-        gradient = gradient.contiguous()
+        if not _rows_are_aligned(gradient):
+            gradient = gradient.contiguous()
         wants_tokens, wants_weight, *_ = ctx.needs_input_grad
         of_tokens = of_weight = None
         addends = [each.contiguous() for each in of_others if each is not None]
@@ -108,6 +109,11 @@ class _RoutedLinear(torch.autograd.Function):
                 weight, ends, place = weight[:-1], ends[:-1], place[:, :-1]
             of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place, addends)
         return of_tokens, of_weight, None, None, None, None
+
+
+def _rows_are_aligned(x: Tensor) -> bool:
+    """Whether rows are whole and begin at multiples of 16 bytes, which they may lie apart by more than their length."""
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
 
 
 def routed_linear(

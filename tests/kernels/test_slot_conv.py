@@ -544,7 +544,7 @@ BUGS = {
     ),
     "inputs of the segment before kept": (
         PLAIN,
-        Bug(kernels, "        if tl.max((rows >= end)", "        if tl.max((rows - end >= 9)"),
+        Bug(kernels, "            left = end - rows\n", "            left = end - rows + 9\n"),
     ),
     "a run begins without the inputs before it": (
         PLAIN,
@@ -579,13 +579,13 @@ BUGS = {
     ),
     "gradients across segments": (
         TAILS,
-        Bug(kernels, "stored = (earlier >= tl.maximum(begin, first))", "stored = (earlier >= first)"),
+        Bug(kernels, "tl.maximum(begin, first)", "first"),
     ),
-    "a segment's last gradients not stored": (TAILS, Bug(kernels, "stored = over & (", "stored = (rows < 0) & (")),
+    "a segment's last gradients not stored": (TAILS, Bug(kernels, "stored = (left <= 0) & (", "stored = (left < 0) & (")),
     "gradients of the next run summed too": (PLAIN, Bug(kernels, "if step < LENGTH:", "if step < LENGTH + 1:")),
     "a run ends without the slots after it": (
         PLAIN,
-        Bug(kernels, "for step in range(LENGTH + LATE):", "for step in range(LENGTH + LATE - 1):"),
+        Bug(kernels, "range(LENGTH + LATE, num", "range(LENGTH + LATE - 1, num"),
     ),
     "taps of the gradient turned round": (
         PLAIN,
