@@ -52,7 +52,8 @@ def static(make: Callable[..., Made]) -> Callable[..., Made]:
                     return make(*arguments)
                 in_graphs[arguments] = latest[arguments]
             return in_graphs[arguments]
-        made = latest[arguments] = kept(torch.cuda.current_stream(device).cuda_stream, *arguments)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        made = latest[arguments] = kept(torch._C._cuda_getCurrentRawStream(index), *arguments)
         if len(latest) > MOST_KEPT:
             latest.pop(next(iter(latest)), None)
         return made

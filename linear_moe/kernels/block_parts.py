@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import residual_norm, swiglu
-from linear_moe.kernels.operator import FLOATS, check_tensor, operator
+from linear_moe.kernels.operator import FLOATS, check_tensor, differentiable, operator
 
 
 @operator("residual_norm")
@@ -91,7 +91,7 @@ def _norm_gradients(
     return d_residual, d_branch, d_weight if want_weight else None, None, None
 
 
-torch.library.register_autograd("linear_moe::residual_norm", _norm_gradients, setup_context=_keep_for_norm)
+differentiable(_residual_norm, _keep_for_norm, _norm_gradients)
 
 
 def add_and_norm(
@@ -161,12 +161,11 @@ def _keep_for_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _swiglu_gradient(ctx: Any, d_output: Tensor) -> Tensor:
-    d_x: Tensor = _swiglu_backward(d_output.contiguous(), *ctx.saved_tensors)
-    return d_x
+def _swiglu_gradient(ctx: Any, d_output: Tensor) -> tuple[Tensor]:
+    return (_swiglu_backward(d_output.contiguous(), *ctx.saved_tensors),)
 
 
-torch.library.register_autograd("linear_moe::swiglu", _swiglu_gradient, setup_context=_keep_for_swiglu)
+differentiable(_swiglu, _keep_for_swiglu, _swiglu_gradient)
 
 
 def gated_unit(x: Tensor) -> Tensor:

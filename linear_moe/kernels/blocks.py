@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -164,37 +165,79 @@ def zero_uncovered(tensor: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 @triton.jit
-def _chunk_sums_kernel(decay_ptr, sums_ptr, borders_ptr, num_tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-                       CHUNK: tl.constexpr):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    start, size = piece_of(borders_ptr, 2, chunk)
-    rows = tl.arange(0, CHUNK)
+def _by_head_kernel(
+    decay_ptr, beta_ptr, sums_ptr, inner_ptr, by_head_ptr, borders_ptr, num_tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    PIECE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A null pointer leaves its part out."""
+    piece = tl.program_id(0).to(tl.int64)
+    start, size = piece_of(borders_ptr, 2, piece)
+    rows = tl.arange(0, PIECE)
     for head in range(0, HEADS, BLOCK):
         heads = head + tl.arange(0, BLOCK)
         mask = (rows < size)[:, None] & (heads < HEADS)[None, :]
-        each = tl.load(decay_ptr + (start + rows)[:, None] * HEADS + heads[None, :], mask=mask, other=0.0)
-        at = heads[None, :].to(tl.int64) * num_tokens + (start + rows)[:, None]
-        tl.store(sums_ptr + at, tl.cumsum(each.to(sums_ptr.dtype.element_ty), 0), mask=mask)
+        by_token = (start + rows)[:, None] * HEADS + heads[None, :]
+        by_head = heads[None, :].to(tl.int64) * num_tokens + (start + rows)[:, None]
+        if beta_ptr is not None:
+            tl.store(by_head_ptr + by_head, tl.load(beta_ptr + by_token, mask=mask, other=0.0), mask=mask)
+        if decay_ptr is not None:
+            each = tl.load(decay_ptr + by_token, mask=mask, other=0.0).to(sums_ptr.dtype.element_ty)
+            tl.store(sums_ptr + by_head, tl.cumsum(each, 0), mask=mask)
+            if inner_ptr is not None:
+                inner = tl.cumsum(tl.reshape(each, (PIECE // CHUNK, CHUNK, BLOCK)), 1)
+                tl.store(inner_ptr + by_head, tl.reshape(inner, (PIECE, BLOCK)), mask=mask)
 
 
-def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> Tensor:
-    """Sums of scalar log decays `[S, H]` along every chunk up to each token, `[H, S]`: a walk reads its head's side by side.
+class GatesByHead(NamedTuple):
+    """Gates as walks read them, a head's side by side: `[H, S]`. Of tokens in no piece they are anything."""
 
-    A difference of sums is a small number made of large ones: `exact` results need it in float64. `borders` are the chunks'.
+    sums: Tensor | None
+    """Of the log decays along every piece up to each token."""
+    inner: Tensor | None
+    """The same along every chunk."""
+    beta: Tensor | None
+
+
+def gates_by_head(
+    log_decay: Tensor | None, beta: Tensor | None, borders: Tensor, piece: int, *, chunk: int | None = None, exact: bool
+) -> GatesByHead:
+    """Scalar log decays `[S, H]` summed, and strengths `[S, H]` turned, in one pass. What is not given is not made.
+
+    A difference of sums is a small number made of large ones: `exact` results need it in float64. `borders` are those of the
+    pieces, of `piece` tokens, which is a multiple of `chunk`.
     """
-    num_tokens, heads = log_decay.shape
-    sums = log_decay.new_empty(heads, num_tokens, dtype=torch.float64 if exact else torch.float32)
+    given = log_decay if beta is None else beta
+    assert given is not None
+    num_tokens, heads = given.shape
+    wide = torch.float64 if exact else torch.float32
+
+    def room(wanted: bool, dtype: torch.dtype) -> Tensor | None:
+        return given.new_empty(heads, num_tokens, dtype=dtype) if wanted else None
+
+    decays = log_decay is not None
+    made = GatesByHead(
+        room(decays, wide), room(decays and chunk is not None, wide), None if beta is None else room(True, beta.dtype)
+    )
     launch_kernel(
-        _chunk_sums_kernel,
+        _by_head_kernel,
         borders.shape[0],
         log_decay,
-        sums,
+        beta,
+        *made,
         borders,
         num_tokens,
         HEADS=heads,
         BLOCK=min(1 << (heads - 1).bit_length(), 16),
-        CHUNK=chunk,
+        PIECE=piece,
+        CHUNK=chunk or piece,
     )
+    return made
+
+
+def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> Tensor:
+    """`gates_by_head` of log decays alone: their sums along every chunk."""
+    sums = gates_by_head(log_decay, None, borders, chunk, exact=exact).sums
+    assert sums is not None
     return sums
 
 

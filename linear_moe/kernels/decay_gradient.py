@@ -52,12 +52,12 @@ def _decay_gradient_kernel(
         for tile in tl.static_range(READ_TILES):
             amount -= tl.load(read_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
         before = carry + tl.cumsum(amount, 0) - amount
-        tl.store(gradient_ptr + head * num_tokens + token, before.to(tl.float32), mask=valid)
+        tl.store(gradient_ptr + token * HEADS + head, before.to(tl.float32), mask=valid)
         carry += tl.sum(amount, 0)
 
 
 def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borders: Tensor) -> Tensor:
-    """The gradient of the log decays `[H, S]` float32; 0 for tokens in no piece.
+    """The gradient of the log decays `[S, H]` float32; 0 for tokens in no piece.
 
     Args:
         read: `[tiles, H, S]` float32, to be summed over tiles: <q, dq> without a token's own pair, and what an erase reads.
@@ -66,7 +66,7 @@ def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borde
         borders: `[P, 2]` int64.
     """
     _, heads, num_tokens = read.shape
-    gradient = torch.zeros(heads, num_tokens, dtype=torch.float32, device=read.device)
+    gradient = torch.zeros(num_tokens, heads, dtype=torch.float32, device=read.device)
     launch_kernel(
         _decay_gradient_kernel,
         borders.shape[0] * heads,

@@ -293,7 +293,7 @@ def values_kernel(
         d_write = tl.dot(later_erasure, (-beta * d_write).to(dtype), acc=d_write, input_precision=PRECISION)
         dv = beta * d_write
         if dv_ptr is not None:
-            at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
+            at = (tile.to(tl.int64) * num_tokens + first + rows) * HEADS + head
             tl.store(dbeta_ptr + at, scale * tl.sum(d_write * wrong.to(tl.float32), 1), mask=valid)
             store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:

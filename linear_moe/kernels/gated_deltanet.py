@@ -21,7 +21,7 @@ from linear_moe.kernels.blocks import (
     DECAY_NAMES,
     block_of,
     cdiv,
-    chunk_sums,
+    gates_by_head,
     new_states,
     num_processors,
     precision_of,
@@ -170,15 +170,17 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
     num_tokens, heads = v.shape[:2]
     chunk, exact = chunk_length(k, v), k.dtype == torch.float32
     chunks = ragged.pieces(num_tokens, chunk)
-    decays = None if log_decay is None else chunk_sums(log_decay, chunks.borders, chunk, exact=exact)
     splits = ragged.pieces(num_tokens, piece_length(k, v, ragged))
-    pieces = first = None
-    if (stored := stored_piece(k, v)) is not None:
+    if (stored := stored_piece(k, v)) is None:
+        gates = gates_by_head(log_decay, beta, chunks.borders, chunk, exact=exact)
+        decays, pieces, first = gates.sums, None, None
+    else:
         borders = ragged.pieces(num_tokens, stored)
-        sums = None if log_decay is None else chunk_sums(log_decay, borders.borders, stored, exact=exact)
-        pieces = Pieces(borders, DECAY_KINDS[decay], sums, heads)
+        gates = gates_by_head(log_decay, beta, borders.borders, stored, chunk=chunk, exact=exact)
+        decays, pieces = gates.inner, Pieces(borders, DECAY_KINDS[decay], gates.sums, heads)
         first = splits.first_pieces(borders, ragged, stored)
-    return _Walk(DECAY_KINDS[decay], decays, beta.t().contiguous(), splits, chunks, pieces, first)
+    assert gates.beta is not None
+    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, chunks, pieces, first)
 
 
 def _tiled(walk: str, key_dim: int, value_dim: int) -> tuple[int, int]:
@@ -394,7 +396,7 @@ def backward(
     if reads is None:
         reads = _solve(q, k, v, walk, erasure=False, reads=True).reads
     tiles = cdiv(value_dim, parameters["TILE"])
-    d_beta = torch.empty(tiles, heads, num_tokens, dtype=torch.float32, device=v.device)
+    d_beta = torch.empty(tiles, num_tokens, heads, dtype=torch.float32, device=v.device)
     if not ragged.dense:
         d_beta.zero_()
     dv = torch.empty_like(v)
@@ -453,10 +455,10 @@ def backward(
         if before is not None:
             assert after is not None
             at_start = torch.linalg.vecdot(before.flatten(2), after.flatten(2))
-        d_decay = decay_gradient(crossing.read, crossing.written, at_start, borders).t().contiguous()
+        d_decay = decay_gradient(crossing.read, crossing.written, at_start, borders)
     if shared:
         dq, dk = (sum_heads(x, k) for x in (dq, dk))
-    return Backward(dq, dk, dv, d_decay, d_beta.sum(0).t().contiguous(), d_initial)
+    return Backward(dq, dk, dv, d_decay, d_beta.squeeze(0) if tiles == 1 else d_beta.sum(0), d_initial)
 
 
 def _walk_back(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import gates
-from linear_moe.kernels.operator import operator
+from linear_moe.kernels.operator import differentiable, operator
 
 
 @operator("gates")
@@ -58,7 +58,7 @@ def _gradients(ctx: Any, d_log_decay: Tensor, d_beta: Tensor) -> tuple[Tensor | 
     return *gradients, None
 
 
-torch.library.register_autograd("linear_moe::gates", _gradients, setup_context=_keep)
+differentiable(_gates, _keep, _gradients)
 
 
 class Decay(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from linear_moe.forms import Decay
 from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan
 from linear_moe.kernels.compile_ahead import compile_ahead
-from linear_moe.kernels.operator import operator
+from linear_moe.kernels.operator import differentiable, operator
 from linear_moe.kernels.splits import Ragged
 
 Tensors = tuple[Tensor, ...]
@@ -153,7 +153,7 @@ def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
     return (*dqkv, _or_none(d_decay), _or_none(d_initial), None, None, None, None, None, None)
 
 
-torch.library.register_autograd("linear_moe::scalar_scan", _scalar_gradients, setup_context=_keep_for_scalar)
+differentiable(_scalar, _keep_for_scalar, _scalar_gradients)
 
 
 @operator("gla")
@@ -223,7 +223,7 @@ def _vector_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
     return (*gradients, _or_none(d_initial), None, None, None, None, None)
 
 
-torch.library.register_autograd("linear_moe::gla", _vector_gradients, setup_context=_keep_for_vector)
+differentiable(_vector, _keep_for_vector, _vector_gradients)
 
 
 @operator("gated_deltanet")
@@ -329,7 +329,7 @@ def _delta_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, 
     return (*dqkv, _or_none(d_decay), d_beta, _or_none(d_initial), *(None,) * 7)
 
 
-torch.library.register_autograd("linear_moe::gated_deltanet", _delta_gradients, setup_context=_keep_for_delta)
+differentiable(_delta, _keep_for_delta, _delta_gradients)
 
 
 def scan(
@@ -373,7 +373,7 @@ def scan(
     where = (cu_seqlens, max_length, dense, scale, return_final_state)
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
-        given = (q, k, v, log_decay, beta.float(), initial_state)
+        given = (q, k, v, log_decay, beta.float().contiguous(), initial_state)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
         output, final_state, *_ = _delta(*given, *where, decay.value, keep)
     elif decay is Decay.VECTOR:

@@ -14,14 +14,14 @@ from torch import Tensor
 from linear_moe.kernels import combine, slot_plan, slot_sum
 from linear_moe.kernels import routed_product as _routed_product
 from linear_moe.kernels.blocks import new_rows
-from linear_moe.kernels.operator import FLOATS, check_tensor, operator
+from linear_moe.kernels.operator import FLOATS, check_tensor, differentiable, operator
 from linear_moe.kernels.slot_plan import SlotPlan
 
 
 @operator("slot_plan")
 def _plan(
     memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(memory):
         return tuple(slot_plan.sort(memory, sequence, num_states, num_sequences))  # type: ignore[return-value]
 
@@ -29,7 +29,13 @@ def _plan(
 @torch.library.register_fake("linear_moe::slot_plan")
 def _(memory, sequence, num_states, num_sequences):
     slots = memory.numel()
-    return tuple(memory.new_empty(size) for size in (slots, slots, num_states * num_sequences + 1, num_states))
+    long = (slots, slots, num_states * num_sequences + 1, num_states, slots)
+    short = (slots, num_states)
+    return tuple(
+        memory.new_empty(size, dtype=dtype)
+        for sizes, dtype in ((long, torch.int64), (short, torch.int32))
+        for size in sizes
+    )
 
 
 def plan_slots(memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int) -> SlotPlan:
@@ -104,7 +110,7 @@ def _gradients(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
     return d_reads, None, None if weights is None else d_weights, d_gate, d_norm_weight, None, None
 
 
-torch.library.register_autograd("linear_moe::combine", _gradients, setup_context=_keep)
+differentiable(_combine, _keep, _gradients)
 
 
 def combine_reads(
@@ -224,7 +230,7 @@ def _sum_gradients(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
     return d_slots, None, d_weights, None if ctx.addend_dtype is None else d_sum.to(ctx.addend_dtype), None
 
 
-torch.library.register_autograd("linear_moe::weighted_sum", _sum_gradients, setup_context=_keep_for_sum)
+differentiable(_weighted_sum, _keep_for_sum, _sum_gradients)
 
 
 def weighted_sum(

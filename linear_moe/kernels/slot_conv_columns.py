@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linear_moe.kernels import slot_conv as kernels
 from linear_moe.kernels.blocks import new_rows
-from linear_moe.kernels.operator import operator
+from linear_moe.kernels.operator import differentiable, operator
 from linear_moe.kernels.slot_conv_operator import check_slot_conv, segment_of_slots
 
 
@@ -94,7 +94,7 @@ def _gradients(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Tensor | None,
     return d_x, d_weight, None if bias is None else d_bias, None, None, None, None, None
 
 
-torch.library.register_autograd("linear_moe::column_convs", _gradients, setup_context=_keep)
+differentiable(_column_convs, _keep, _gradients)
 
 
 def column_convs(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linear_moe.kernels import slot_conv as kernels
 from linear_moe.kernels import slot_conv_state as carried_inputs
-from linear_moe.kernels.operator import operator
+from linear_moe.kernels.operator import differentiable, operator
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "silu")
@@ -88,7 +88,7 @@ def _gradients(ctx: Any, d_output: Tensor | None, d_carried: Tensor | None) -> t
     )  # fmt: skip
 
 
-torch.library.register_autograd("linear_moe::slot_conv", _gradients, setup_context=_keep)
+differentiable(_slot_conv, _keep, _gradients)
 
 
 def segment_of_slots(cu_seqlens: Tensor, num_slots: int) -> Tensor:

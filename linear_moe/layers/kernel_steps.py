@@ -45,7 +45,7 @@ def plan_of(memory: Tensor, sequences: Sequences, num_states: int) -> SlotPlan:
     from linear_moe.kernels.mixing import plan_slots
 
     plan = plan_slots(memory, sequences.index, num_states, sequences.num_sequences)
-    return SlotPlan(plan.order, plan.place, plan.cu_seqlens)
+    return SlotPlan(plan.order, plan.place, plan.cu_seqlens, source=plan.source, segment=plan.segment, ends=plan.ends)
 
 
 class ConvPart(NamedTuple):
@@ -151,15 +151,31 @@ class SlotConv:
     """The short convolution of one call: a part at a time, or neighbouring columns of one projection together."""
 
     def __init__(
-        self, plan: SlotPlan, fan_out: int, weight: Tensor, bias: Tensor | None, state: Tensor | None, num_states: int
+        self,
+        plan: SlotPlan,
+        fan_out: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        num_states: int,
+        runs: list[list[ConvPart]],
     ) -> None:
+        """`runs`: the parts that are convolved together; of them all, one after another, are the weight's channels."""
         from linear_moe.kernels.slot_conv_operator import segment_of_slots
 
-        self.plan, self.weight, self.bias = plan, weight, bias
-        self.num_states = num_states
-        self.source = None if plan.identity else plan.order // fan_out
+        self.plan, self.num_states = plan, num_states
+        # One split: the gradient of a range of rows alone would be a copy into zeros.
+        first = [run[0].first_channel for run in runs]
+        widths = [sum(part.width for part in run) for run in runs]
+        self.weights = dict(zip(first, weight.split(widths), strict=True))
+        self.biases = {} if bias is None else dict(zip(first, bias.split(widths), strict=True))
+        self.source = plan.source
+        if plan.source is None and not plan.identity:
+            self.source = plan.order // fan_out
         self.place = None if plan.identity else plan.place.view(-1, fan_out)
-        self.segment = segment_of_slots(plan.cu_seqlens, plan.order.shape[0])
+        self.segment = plan.segment
+        if plan.segment is None:
+            self.segment = segment_of_slots(plan.cu_seqlens, plan.order.shape[0])
         self.state = None if state is None else state.transpose(0, 1).flatten(0, 1)
         self._carried: dict[int, Tensor] = {}
 
@@ -169,8 +185,8 @@ class SlotConv:
 
         mixed, carried = slot_conv(
             x,
-            self.weight[part.channels],
-            None if self.bias is None else self.bias[part.channels],
+            self.weights[part.first_channel],
+            self.biases.get(part.first_channel),
             self.plan.cu_seqlens,
             source=self.source if by_token else None,
             place=self.place if by_token else None,
@@ -178,10 +194,10 @@ class SlotConv:
             state=None if self.state is None else self.state[..., part.channels],
             activation=part.activation,
             norm_heads=part.norm_heads,
-            return_state=True,
+            return_state=self.state is not None,
         )
-        assert carried is not None
-        self._carried[part.first_channel] = carried
+        if carried is not None:
+            self._carried[part.first_channel] = carried
         return mixed
 
     def of_columns(self, parts: list[ConvPart], x: Tensor) -> tuple[Tensor, ...]:
@@ -189,11 +205,10 @@ class SlotConv:
         from linear_moe.kernels.slot_conv_columns import column_convs
 
         assert self.state is None
-        channels = slice(parts[0].first_channel, parts[-1].channels.stop)
         return column_convs(
             x,
-            self.weight[channels],
-            None if self.bias is None else self.bias[channels],
+            self.weights[parts[0].first_channel],
+            self.biases.get(parts[0].first_channel),
             self.plan.cu_seqlens,
             [part.width for part in parts],
             [part.norm_heads for part in parts],

@@ -54,7 +54,7 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
     if _grouped_mm_takes(x, weight):
         product = F.grouped_mm(x, weight.mT, offs=cu_groups[1:].to(torch.int32))
     else:
-        group = torch.searchsorted(cu_groups[1:], rows, right=True).clamp_max(weight.shape[0] - 1)
+        group = torch.searchsorted(cu_groups[1:].contiguous(), rows, right=True).clamp_max(weight.shape[0] - 1)
         # Every matrix on every row, then each row's own: static sizes, at the price of G times the arithmetic.
         product = torch.einsum("si,goi->sgo", x, weight)[rows, group]
     return torch.where(inside, product, 0)
@@ -117,14 +117,14 @@ def _rows_are_aligned(x: Tensor) -> bool:
 
 
 def routed_linear(
-    tokens: Tensor, weight: Tensor, cu_groups: Tensor, source: Tensor, place: Tensor, *, shared: bool = False
+    tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor, *, shared: bool = False
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """`grouped_linear` of the tokens that slots are routed to, where every slot belongs to a group.
 
     Args:
         tokens: `[S, I]`.
         weight: `[G, O, I]`.
-        cu_groups: `[G + 1]` where each group's slots begin.
+        ends: `[G]` int32 where each group's slots end.
         source: `[R]` the token of each slot, sorted by group.
         place: `[S, F]` the inverse: the slots of each token.
         shared: whether it is known that the last group has every token, in order, and as the last of its slots.
@@ -137,7 +137,6 @@ def routed_linear(
     tokens, weight = tokens.to(dtype), weight.to(dtype)
     if not _grouped_mm_takes(tokens, weight):
         return None
-    ends = cu_groups[1:].to(torch.int32)
     # With no other group there is nothing to route.
     shared = shared and weight.shape[0] > 1
     made: tuple[Tensor, Tensor, Tensor] = _RoutedLinear.apply(

@@ -277,7 +277,7 @@ class RecurrentMixer(nn.Module, ABC):
             groups = torch.where(sequences.valid[:, None], groups, num_segments)
             plan = sort_slots(groups.flatten(), num_segments)
 
-        cu_memories = plan.cu_seqlens[::num_sequences].contiguous()
+        cu_memories = plan.cu_seqlens[::num_sequences]
         if kernels and self.conv_parts is not None:
             raw, conv_state, tokens = self._project_and_convolve(
                 tokens, plan, cu_memories, fan_out, conv_state, covered, covered and assignment.shared
@@ -344,7 +344,7 @@ class RecurrentMixer(nn.Module, ABC):
     def _memory_of_slots(self, plan: SlotPlan, cu_memories: Tensor) -> Tensor:
         """`[R]`"""
         slots = torch.arange(plan.order.shape[0], device=cu_memories.device)
-        return torch.searchsorted(cu_memories[1:], slots, right=True).clamp_max(self.num_states - 1)
+        return torch.searchsorted(cu_memories[1:].contiguous(), slots, right=True).clamp_max(self.num_states - 1)
 
     def _project(
         self, tokens: Tensor, plan: SlotPlan, cu_memories: Tensor, fan_out: int, covered: bool
@@ -378,7 +378,8 @@ class RecurrentMixer(nn.Module, ABC):
 
     def _memory_linear(self, x: Tensor, weight: Tensor, cu_memories: Tensor, covered: bool) -> Tensor:
         if self.num_states == 1:
-            return F.linear(x, weight[0])
+            # Not by an index: the gradient of one is a copy into zeros.
+            return F.linear(x, weight.squeeze(0))
         return grouped_linear(x, weight, cu_memories, covered=covered)
 
     def _project_and_convolve(
@@ -397,7 +398,12 @@ class RecurrentMixer(nn.Module, ABC):
         The third result is the tokens for the output's gate.
         """
         assert self.conv_parts is not None and self.conv_weight is not None
-        conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states)
+        # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
+        leading = self.leading_parts if conv_state is None else []
+        runs = [leading] if leading else []
+        runs += [[part] for part in self.conv_parts.values() if part not in leading]
+        runs.sort(key=lambda run: run[0].first_channel)
+        conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states, runs)
         raw: dict[str, Tensor] = {}
         for_gate = tokens
         if self.memory_weight is not None:
@@ -405,7 +411,8 @@ class RecurrentMixer(nn.Module, ABC):
             projected = None
             if conv.source is not None and conv.place is not None:
                 place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
-                routed = routed_linear(tokens, self.memory_weight, cu_memories, conv.source, place, shared=shared)
+                ends = cu_memories[1:].to(torch.int32) if plan.ends is None else plan.ends
+                routed = routed_linear(tokens, self.memory_weight, ends, conv.source, place, shared=shared)
                 if routed is not None:
                     projected, tokens, for_gate = routed
             # What it leaves in rows of no memory is anything: the convolution reads none of them.
@@ -413,15 +420,11 @@ class RecurrentMixer(nn.Module, ABC):
             if projected is None:
                 gathered = gather_tokens(tokens, plan, fan_out, kernel=True)
                 projected = self._memory_linear(gathered, self.memory_weight, cu_memories, covered)
-            # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
-            leading = self.leading_parts
-            count = 0
-            if leading and conv_state is None:
+            if leading:
                 *mixed, projected = conv.of_columns(leading, projected)
-                count = len(leading)
                 raw |= dict(zip([part.name for part in leading], mixed, strict=True))
-            names = list(self.memory_projections)[count:]
-            raw |= dict(zip(names, projected.split(widths[count:], -1), strict=True))
+            names = list(self.memory_projections)[len(leading) :]
+            raw |= dict(zip(names, projected.split(widths[len(leading) :], -1), strict=True))
             for name in names:
                 if self._convolves(name):
                     raw[name] = conv.of(self.conv_parts[name], raw[name], by_token=False)

@@ -242,13 +242,20 @@ class SlotPlan:
     """`[N + 1]` where each group begins; `cu_seqlens[N]` slots are in a group, the rest (pads) trail."""
     identity: bool = False
     """Whether it is known that slot i is token i and stays at place i."""
+    source: Tensor | None = None
+    """`[R]` int64 the token of the slot at each sorted place, where kernels sort."""
+    segment: Tensor | None = None
+    """`[R]` int32 the group of the slot at each sorted place, N of a pad's, where kernels sort or there is nothing to sort."""
+    ends: Tensor | None = None
+    """`[M]` int32 where each memory's places end, where kernels sort."""
 
 
 @static
 def slots_of_batch(num_sequences: int, length: int, device: torch.device) -> SlotPlan:
     """The plan of one memory and a batch without pads: there is nothing to sort."""
     places = torch.arange(num_sequences * length, device=device)
-    return SlotPlan(places, places, torch.arange(num_sequences + 1, device=device) * length, identity=True)
+    borders = torch.arange(num_sequences + 1, device=device) * length
+    return SlotPlan(places, places, borders, identity=True, segment=(places // max(length, 1)).to(torch.int32))
 
 
 def sort_slots(groups: Tensor, num_groups: int) -> SlotPlan:

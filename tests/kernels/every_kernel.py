@@ -85,7 +85,7 @@ def main() -> None:
     for run in runs:
         run()
         torch.cuda.synchronize()
-    names = sorted({kernel.name for kernel in launch._compiled.values()})
+    names = sorted({compiled.kernel.name for compiled in launch._compiled.values()})
     print(f"{len(names)} kernels ran: {', '.join(names)}")
 
 

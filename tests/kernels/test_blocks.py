@@ -10,7 +10,7 @@ import triton.language as tl
 from cases import DEVICE
 from torch import Tensor
 
-from linear_moe.kernels.blocks import chunk_sums, sum_rows, zero_uncovered
+from linear_moe.kernels.blocks import chunk_sums, gates_by_head, sum_rows, zero_uncovered
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.delta_walks import unit_lower_inverse
 from linear_moe.kernels.splits import cut, whole
@@ -74,6 +74,11 @@ def test_decays_are_summed_along_every_chunk(heads: int, exact: bool) -> None:
     assert_within_budget(
         {"sums": sums[:, : sum(lengths)]}, {"sums": expected(log_decay)}, {"sums": expected(log_decay.double())}
     )
+    beta, pieces = torch.rand_like(log_decay), cut(borders, len(log_decay), 2 * chunk, max(lengths)).borders
+    made = gates_by_head(log_decay, beta, pieces, 2 * chunk, chunk=chunk, exact=exact)
+    assert made.inner is not None and made.beta is not None
+    assert torch.equal(made.inner[:, : sum(lengths)], sums[:, : sum(lengths)])
+    assert torch.equal(made.beta[:, : sum(lengths)], beta[: sum(lengths)].T)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 2), (5, 120)])
@@ -115,7 +120,7 @@ def test_the_decay_gradient_is_what_crosses_a_token(tiles: tuple[int, int], star
     total, borders = sum(lengths) + spare, borders_of(lengths)
     read, written = (torch.randn(count, heads, total).to(DEVICE) for count in tiles)
     at_start = torch.randn(len(lengths), heads).to(DEVICE) if started else None
-    gradient = decay_gradient(read, written, at_start, whole(borders).borders)
+    gradient = decay_gradient(read, written, at_start, whole(borders).borders).t()
     change = (written.double().sum(0) - read.double().sum(0)).split([*lengths, spare], 1)
     starts = torch.zeros(len(lengths), heads, device=DEVICE) if at_start is None else at_start
     exact = torch.cat(

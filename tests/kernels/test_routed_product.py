@@ -146,8 +146,7 @@ def test_the_layers_gradients_are_those_of_the_definition() -> None:
     d_product, other = torch.randn(len(slots), 40, device=DEVICE), torch.randn(tokens, 24, device=DEVICE)
 
     def by_layer(x: Tensor, weight: Tensor) -> Tensor:
-        borders = torch.nn.functional.pad(inputs["ends"], (1, 0))
-        made = routed_linear(x, weight, borders, inputs["source"], place.view(tokens, fan_out))
+        made = routed_linear(x, weight, inputs["ends"], inputs["source"], place.view(tokens, fan_out))
         assert made is not None
         product, again, once_more = made
         return (product * d_product).sum() + (again * once_more * other).sum()
@@ -182,11 +181,9 @@ def test_a_group_of_all_tokens_is_like_any_other(shared: bool) -> None:
     place = torch.cat((place[: 2 * tokens].view(tokens, 2), place[2 * tokens :, None]), 1)
     x, weight = (inputs[name].requires_grad_() for name in ("x", "weight"))
     d_product = torch.randn(len(slots), 40)
-    made = routed_linear(x, weight, torch.nn.functional.pad(inputs["ends"], (1, 0)), source, place, shared=shared)
+    made = routed_linear(x, weight, inputs["ends"], source, place, shared=shared)
     assert made is not None
-    still = routed_linear(
-        x.detach(), weight, torch.nn.functional.pad(inputs["ends"], (1, 0)), source, place, shared=shared
-    )
+    still = routed_linear(x.detach(), weight, inputs["ends"], source, place, shared=shared)
     assert still is not None and [each.requires_grad for each in still] == [True, False, False]
     found = torch.autograd.grad(made[0], (x, weight), d_product)
     exact = [each.detach().double().requires_grad_() for each in (x, weight)]
@@ -196,8 +193,9 @@ def test_a_group_of_all_tokens_is_like_any_other(shared: bool) -> None:
 
 
 BUGS = {
-    "slots are taken for tokens": ("token = tl.load(source_ptr + row, mask=exists, other=0).to(tl.int64)",
-                                   "token = tl.where(exists, row, 0) % 30"),
+    "slots are taken for tokens": ("token = tl.load(source_ptr + row, mask=row < end, other=0)",
+                                   "token = tl.where(row < end, row, 0) % 30"),
+    "a program makes its first tile again": ("this + num_programs, source_ptr", "this, source_ptr"),
     "every group has the first one's matrix": ("weight_ptr + group.to(tl.int64)", "weight_ptr + 0 * group.to(tl.int64)"),
     "a group begins where the one before began": ("starts = tl.load(ends_ptr + groups - 1, mask=exists & (groups > 0)",
                                                   "starts = tl.load(ends_ptr + groups - 2, mask=exists & (groups > 1)"),

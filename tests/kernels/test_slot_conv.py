@@ -581,7 +581,10 @@ BUGS = {
         TAILS,
         Bug(kernels, "tl.maximum(begin, first)", "first"),
     ),
-    "a segment's last gradients not stored": (TAILS, Bug(kernels, "stored = (left <= 0) & (", "stored = (left < 0) & (")),
+    "a segment's last gradients not stored": (
+        TAILS,
+        Bug(kernels, "stored = (left <= 0) & (", "stored = (left < 0) & ("),
+    ),
     "gradients of the next run summed too": (PLAIN, Bug(kernels, "if step < LENGTH:", "if step < LENGTH + 1:")),
     "a run ends without the slots after it": (
         PLAIN,

@@ -52,12 +52,14 @@ def expected(slots: Slots) -> SlotPlan:
     groups = torch.where(real[:, None], memory * num_sequences + sequence[:, None], num_states * num_sequences)
     plan = sort_slots(groups.flatten(), num_states * num_sequences)
     counts = torch.bincount(memory[real].flatten(), minlength=num_states)
-    return SlotPlan(plan.order, plan.place, plan.cu_seqlens, counts)
+    source, segment = plan.order // memory.shape[1], groups.flatten()[plan.order].to(torch.int32)
+    ends = counts.cumsum(0).to(torch.int32)
+    return SlotPlan(plan.order, plan.place, plan.cu_seqlens, counts, source, segment, ends)
 
 
 def assert_same(plan: SlotPlan, other: SlotPlan) -> None:
     for name, one, two in zip(SlotPlan._fields, plan, other, strict=True):
-        assert one.dtype == two.dtype == torch.int64
+        assert one.dtype == two.dtype
         assert torch.equal(one, two), f"{name} differs"
 
 
