@@ -32,6 +32,15 @@ def piece_of(borders_ptr, stride, piece):
     return start, size
 
 
+@triton.jit
+def part_of(borders_ptr, stride, part, PIECE: tl.constexpr, PART: tl.constexpr):
+    """The same of a part of a piece: pieces of PIECE tokens have PIECE // PART, of which the last may be empty."""
+    PARTS: tl.constexpr = PIECE // PART
+    start, size = piece_of(borders_ptr, stride, part // PARTS)
+    before = (part % PARTS).to(tl.int32) * PART
+    return start + before, tl.maximum(tl.minimum(size - before, PART), 0)
+
+
 @triton.constexpr_function
 def divides(part, whole):
     """Whether tiles of `part` make up the `whole`: then none that begins in it reaches past it."""

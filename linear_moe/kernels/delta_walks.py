@@ -27,6 +27,7 @@ from linear_moe.kernels.blocks import (
     load_columns,
     load_rows,
     pair_decays,
+    part_of,
     piece_of,
     state_offsets,
     store_rows,
@@ -68,6 +69,7 @@ def solve_kernel(
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
+    PIECE: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
     K_BLOCK: tl.constexpr,
@@ -77,7 +79,7 @@ def solve_kernel(
     """A null pointer leaves its part out."""
     program = tl.program_id(0)
     head = program % HEADS
-    start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
+    start, size = part_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64), PIECE, CHUNK)
     if size == 0:
         return
     k_head = head // (HEADS // K_HEADS)

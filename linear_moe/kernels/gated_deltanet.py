@@ -128,10 +128,11 @@ class _Walk(NamedTuple):
     beta: Tensor
     """Heads first, `[H, S]` float32."""
     splits: Splits
-    chunks: Splits
-    """A split is a multiple of a chunk: chunks of segments are chunks of splits."""
+    cuts: Splits
+    """Where chunks lie: pieces of `piece` tokens, which are chunks or a few of them. A split is a multiple of a piece."""
+    piece: int
     pieces: Pieces | None
-    """Where states are stored to be read from in parallel, if they are; a split is a multiple of these too."""
+    """Where states are stored to be read from in parallel, if they are."""
     first_pieces: Tensor | None
     """`[P]` the piece that each split begins with."""
 
@@ -169,18 +170,17 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
 def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
     num_tokens, heads = v.shape[:2]
     chunk, exact = chunk_length(k, v), k.dtype == torch.float32
-    chunks = ragged.pieces(num_tokens, chunk)
+    stored = stored_piece(k, v)
+    piece = stored or chunk
+    cuts = ragged.pieces(num_tokens, piece)
     splits = ragged.pieces(num_tokens, piece_length(k, v, ragged))
-    if (stored := stored_piece(k, v)) is None:
-        gates = gates_by_head(log_decay, beta, chunks.borders, chunk, exact=exact)
-        decays, pieces, first = gates.sums, None, None
-    else:
-        borders = ragged.pieces(num_tokens, stored)
-        gates = gates_by_head(log_decay, beta, borders.borders, stored, chunk=chunk, exact=exact)
-        decays, pieces = gates.inner, Pieces(borders, DECAY_KINDS[decay], gates.sums, heads)
-        first = splits.first_pieces(borders, ragged, stored)
+    gates = gates_by_head(log_decay, beta, cuts.borders, piece, chunk=chunk if stored else None, exact=exact)
+    decays, pieces, first = gates.sums, None, None
+    if stored is not None:
+        decays, pieces = gates.inner, Pieces(cuts, DECAY_KINDS[decay], gates.sums, heads)
+        first = splits.first_pieces(cuts, ragged, stored)
     assert gates.beta is not None
-    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, chunks, pieces, first)
+    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, cuts, piece, pieces, first)
 
 
 def _tiled(walk: str, key_dim: int, value_dim: int) -> tuple[int, int]:
@@ -221,15 +221,16 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
     launch = CHUNK_TABLE.pick(v.device, "solve", DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
     launch_kernel(
         solve_kernel,
-        walk.chunks.num_pieces * heads,
+        walk.cuts.num_pieces * (walk.piece // chunk) * heads,
         q,
         k,
         walk.decays,
         walk.beta,
         *solved,
-        walk.chunks.borders,
-        walk.chunks.borders.stride(0),
+        walk.cuts.borders,
+        walk.cuts.borders.stride(0),
         num_tokens,
+        PIECE=walk.piece,
         CHUNK=chunk,
         LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
@@ -471,10 +472,11 @@ def _walk_back(
     gates = (walk.decays, walk.beta)
     reads, erases = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
     own = torch.empty(heads, num_tokens, dtype=torch.float32, device=k.device)
-    borders = walk.chunks.borders
+    assert walk.piece == chunk
+    borders = walk.cuts.borders
     launch = CHUNK_TABLE.pick(v.device, "pairs", DECAY_NAMES[walk.kind], value_dim, k.dtype)
     launch_kernel(
-        pairs_kernel, walk.chunks.num_pieces * heads, d_output, dv, wrong, *gates, reads, erases, own, borders,
+        pairs_kernel, walk.cuts.num_pieces * heads, d_output, dv, wrong, *gates, reads, erases, own, borders,
         borders.stride(0), num_tokens, scale, HEADS=heads, V=value_dim, CHUNK=chunk, V_BLOCK=block_of(value_dim),
         DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
