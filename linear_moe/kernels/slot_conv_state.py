@@ -84,7 +84,7 @@ def _state_gradient_kernel(
         )  # fmt: skip
         x = _load(x_ptr, x_stride, source_ptr, rows, valid, channels, in_channels).to(tl.float32)
         d = _load(d_output_ptr, CHANNELS, None, rows, valid, channels, in_channels).to(tl.float32)
-        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, HEAD)
+        d = _gradient(d, _convolved(window, x, taps, bias, WIDTH), SILU, HEAD, x_ptr.dtype.element_ty == tl.float32)
         added = ()
         for row in tl.static_range(WIDTH):
             if row > place:
