@@ -36,6 +36,45 @@ from linear_moe.kernels.blocks import (
 
 
 @triton.jit
+def _own_blocks(COUNT: tl.constexpr):
+    """Of blocks `[COUNT, *, COUNT, *]` those on the diagonal."""
+    block = tl.arange(0, COUNT)
+    return (block[:, None] == block[None, :])[:, None, :, None]
+
+
+@triton.jit
+def _diagonal_blocks(x, BLOCK: tl.constexpr):
+    """Of a matrix `[SIZE, SIZE]` the blocks on its diagonal: `[SIZE // BLOCK, BLOCK, BLOCK]`."""
+    COUNT: tl.constexpr = x.shape[0] // BLOCK
+    by_block = tl.reshape(x, (COUNT, BLOCK, COUNT, BLOCK))
+    return tl.sum(tl.where(_own_blocks(COUNT), by_block, 0.0), 2)
+
+
+@triton.jit
+def _on_diagonal(blocks):
+    """The matrix that has nothing but these blocks."""
+    COUNT: tl.constexpr = blocks.shape[0]
+    SIZE: tl.constexpr = COUNT * blocks.shape[1]
+    return tl.reshape(tl.where(_own_blocks(COUNT), blocks[:, :, None, :], 0.0), (SIZE, SIZE))
+
+
+@triton.jit
+def _joined(lower, inverse, row, column, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """`inverse`, of blocks of 2^FIRST rows, doubled to 2^LAST."""
+    for level in tl.static_range(FIRST, LAST):
+        joins = (row // (2 << level) == column // (2 << level)) & (row // (1 << level) != column // (1 << level))
+        step = tl.dot(tl.where(joins, lower, 0.0), inverse, input_precision=PRECISION, out_dtype=inverse.dtype)
+        inverse -= tl.dot(inverse, step, input_precision=PRECISION, out_dtype=inverse.dtype)
+    return inverse
+
+
+@triton.jit
+def _inverse_of_pairs(lower, row, column):
+    """Of blocks of two rows."""
+    return tl.where(row == column, 1.0, tl.where((row == column + 1) & (row % 2 == 1), -lower, 0.0))
+
+
+@triton.jit
 def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32, by doubling the blocks that are inverted.
 
@@ -43,15 +82,18 @@ def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISIO
     substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel). Exact results
     take float64, in which what a product rounds away of nearly parallel keys does not matter.
     """
-    dtype: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
-    lower = lower.to(dtype)
     rows = tl.arange(0, SIZE)
-    row, column = rows[:, None], rows[None, :]
-    inverse = tl.where(row == column, 1.0, tl.where((row == column + 1) & (row % 2 == 1), -lower, 0.0))
-    for level in tl.static_range(1, LEVELS):
-        joins = (row // (2 << level) == column // (2 << level)) & (row // (1 << level) != column // (1 << level))
-        step = tl.dot(tl.where(joins, lower, 0.0), inverse, input_precision=PRECISION, out_dtype=dtype)
-        inverse -= tl.dot(inverse, step, input_precision=PRECISION, out_dtype=dtype)
+    if PRECISION == "ieee":
+        lower = lower.to(tl.float64)
+        row, column = rows[:, None], rows[None, :]
+        inverse = _joined(lower, _inverse_of_pairs(lower, row, column), row, column, 1, LEVELS, PRECISION)
+    else:
+        # Products of the small blocks alone, as long as they are small: those of whole matrices are zeros for the most part.
+        small = _diagonal_blocks(lower, 16)
+        each = tl.arange(0, 16)
+        row, column = each[None, :, None], each[None, None, :]
+        inverse = _joined(small, _inverse_of_pairs(small, row, column), row, column, 1, 4, PRECISION)
+        inverse = _joined(lower, _on_diagonal(inverse), rows[:, None], rows[None, :], 4, LEVELS, PRECISION)
     return inverse.to(tl.float32)
 
 

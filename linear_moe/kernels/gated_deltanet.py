@@ -105,9 +105,10 @@ CHUNK_TABLE = LaunchTable(
 
 
 SOLVE_REGISTERS = 168
-"""Of a thread: three programs a multiprocessor instead of two, for 20 spills. Measured on an H100 (torch 2.11, triton 3.6,
-bf16; ms of the solve with 168, without a limit, with 128): 0.269, 0.318, 0.355 at 98,304 tokens, H4 K 256; 0.283, 0.320,
-0.341 at 32,768, H16 K 128; 0.522, 0.616, 0.600 at 65,536, H16 K 64."""
+"""Of a thread: three programs a multiprocessor instead of two, for four spills. Measured on an H100 (torch 2.11, triton 3.6,
+bf16; ms of the solve with 168, without a limit, with 128): 0.143, 0.166, 0.158 at 98,304 tokens, H4 K 256, E alone; 0.207,
+0.236, 0.226 at 32,768, H16 K 128; 0.378, 0.458, 0.378 at 65,536, H16 K 64. With an inverse of whole matrices from pairs on,
+with 168: 0.201, 0.286, 0.530; with blocks of 32 between those of 16 and the whole: 0.163, 0.234, 0.421."""
 
 
 class Solved(NamedTuple):

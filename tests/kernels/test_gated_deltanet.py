@@ -112,7 +112,7 @@ BUGS = {
     "beta forgotten in the values' gradient": (WHOLE, Bug(delta_walks, "dv = beta * d_write", "dv = d_write")),
     "the inverse one level short": (
         WHOLE,
-        Bug(delta_walks, "tl.static_range(1, LEVELS)", "tl.static_range(1, LEVELS - 1)"),
+        Bug(delta_walks, "tl.static_range(FIRST, LAST)", "tl.static_range(FIRST, LAST - 1)"),
     ),
     "a split's carry lost": (
         CUT,
