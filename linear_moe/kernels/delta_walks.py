@@ -190,6 +190,10 @@ def forward_kernel(
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
     start, size = piece_of(borders_ptr, borders_stride, piece)
+    # A final state alone is for what comes after: of a piece that was emptied nothing does. Transitions are kept, all of them.
+    if (o_ptr is None) and (wrong_ptr is None) and not TRANSITION:
+        if size == 0:
+            return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
@@ -288,6 +292,9 @@ def values_kernel(
     head = (program // NUM_TILES) % HEADS
     piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
     start, size = piece_of(borders_ptr, borders_stride, piece)
+    if dv_ptr is None:
+        if size == 0:
+            return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)

@@ -174,7 +174,7 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
     stored = stored_piece(k, v)
     piece = stored or chunk
     cuts = ragged.pieces(num_tokens, piece)
-    splits = ragged.pieces(num_tokens, piece_length(k, v, ragged))
+    splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
     gates = gates_by_head(log_decay, beta, cuts.borders, piece, chunk=chunk if stored else None, exact=exact)
     decays, pieces, first = gates.sums, None, None
     if stored is not None:
@@ -340,7 +340,7 @@ def forward(
         increments = new_states(splits.num_pieces, k, v)
         _run_forward(walk, solved, q, k, v, final=increments, borders=splits.leading)
         exact = k.dtype == torch.float32
-        starts, _ = join_affine(increments, transitions, initial_state, splits, exact=exact)
+        starts, _ = join_affine(increments, transitions, initial_state, splits, want_final=False, exact=exact)
     piece_ends = new_states(splits.num_pieces, k, v) if want_final else None
     output = torch.empty_like(v)
     states = None
@@ -423,7 +423,9 @@ def backward(
         increments = new_states(splits.num_pieces, k, v)
         run_values(reads, None, None, increments, splits.trailing)
         exact = k.dtype == torch.float32
-        reverse_starts, _ = join_affine(increments, kept.transitions.mT, d_final, splits, reverse=True, exact=exact)
+        reverse_starts, _ = join_affine(
+            increments, kept.transitions.mT, d_final, splits, reverse=True, want_final=False, exact=exact
+        )
     wants_ends = starts is not None or initial_state is not None
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
     stored = [] if walk.pieces is None else [new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)]

@@ -191,7 +191,7 @@ def _joined(
         writes, writes, v, prepared, splits, starts=None, final=increments, piece_totals=totals, state_scale=state_scale,
         reverse=reverse, borders=splits.trailing if reverse else splits.leading,
     )  # fmt: skip
-    return join(increments, totals, initial_state, splits, reverse=reverse)[0]
+    return join(increments, totals, initial_state, splits, reverse=reverse, want_final=False)[0]
 
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -213,7 +213,7 @@ def forward(
     want_final: bool,
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's."""
-    splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
+    splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged)
     starts = initial_state
     if splits.cut:
@@ -255,7 +255,7 @@ def backward(
     """The gradients of `forward`; `starts` as it returned them."""
     num_tokens, heads, value_dim = v.shape
     key_dim = k.shape[2]
-    splits = ragged.pieces(num_tokens, piece_length(k, v, ragged))
+    splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged)
     reverse_starts = d_final
     if splits.cut:

@@ -50,22 +50,30 @@ def _join_kernel(
         state = tl.zeros((BLOCK,), tl.float32)
     first = tl.load(first_ptr + segment)
     count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
+    passed = count - 1 if final_ptr is None else count
     for step in range(count):
         piece = first + (count - 1 - step if REVERSE else step)
         at = (piece * HEADS + head) * SIZE + numbers
         tl.store(starts_ptr + at, state, mask=inside)
-        if PER_CHANNEL:
-            total = tl.load(totals_ptr + (piece * HEADS + head) * K + numbers // V, mask=inside, other=0.0)
-        else:
-            total = tl.load(totals_ptr + piece * HEADS + head)
-        state = tl.exp(total) * state + tl.load(increments_ptr + at, mask=inside, other=0.0)
+        if step < passed:
+            if PER_CHANNEL:
+                total = tl.load(totals_ptr + (piece * HEADS + head) * K + numbers // V, mask=inside, other=0.0)
+            else:
+                total = tl.load(totals_ptr + piece * HEADS + head)
+            state = tl.exp(total) * state + tl.load(increments_ptr + at, mask=inside, other=0.0)
     if final_ptr is not None:
         tl.store(final_ptr + at_segment, state, mask=inside)
 
 
 def join(
-    increments: Tensor, totals: Tensor, initial_state: Tensor | None, splits: Splits, *, reverse: bool = False
-) -> tuple[Tensor, Tensor]:
+    increments: Tensor,
+    totals: Tensor,
+    initial_state: Tensor | None,
+    splits: Splits,
+    *,
+    reverse: bool = False,
+    want_final: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Join the pieces' transitions of every segment in order.
 
     Args:
@@ -74,16 +82,17 @@ def join(
         initial_state: `[N, H, K, V]` float32, or None for zeros: of a segment's first piece, or its last in `reverse`.
         splits: the pieces of the segments.
         reverse: walk the pieces from a segment's last to its first.
+        want_final: without it the transition of the piece that a segment is left by is not looked at.
 
     Returns:
         The state each piece starts from `[P, H, K, V]` (0 for a piece of no segment), and the one after each segment's last
-        `[N, H, K, V]`, float32.
+        `[N, H, K, V]`, if wanted, float32.
     """
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
     starts = torch.zeros_like(increments)
-    final = torch.empty(num_segments, heads, K, V, dtype=torch.float32, device=increments.device)
+    final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     launch_kernel(
         _join_kernel,
         num_segments * heads * cdiv(K * V, JOIN_BLOCK),
@@ -136,19 +145,21 @@ def _join_affine_kernel(
         state = tl.zeros((K_BLOCK, TILE), tl.float32)
     first = tl.load(first_ptr + segment)
     count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
+    passed = count - 1 if final_ptr is None else count
     for step in range(count):
         piece = (first + (count - 1 - step if REVERSE else step)) * HEADS + head
         tl.store(starts_ptr + piece * K * V + at, state, mask=inside)
-        # What was just stored is read again a few rows at a time: a product's operand can't be cut out of registers.
-        tl.debug_barrier()
-        state = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
-        for key in range(0, K, STEP):
-            some = key + tl.arange(0, STEP)
-            moves_at = piece * K * K + keys[:, None] * row_stride + some[None, :] * column_stride
-            moves = tl.load(transitions_ptr + moves_at, mask=(keys < K)[:, None] & (some < K)[None, :], other=0.0)
-            rows_at = piece * K * V + some[:, None] * V + values[None, :]
-            rows = tl.load(starts_ptr + rows_at, mask=(some < K)[:, None] & (values < V)[None, :], other=0.0)
-            state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)
+        if step < passed:
+            # What was just stored is read again a few rows at a time: a product's operand can't be cut out of registers.
+            tl.debug_barrier()
+            state = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
+            for key in range(0, K, STEP):
+                some = key + tl.arange(0, STEP)
+                moves_at = piece * K * K + keys[:, None] * row_stride + some[None, :] * column_stride
+                moves = tl.load(transitions_ptr + moves_at, mask=(keys < K)[:, None] & (some < K)[None, :], other=0.0)
+                rows_at = piece * K * V + some[:, None] * V + values[None, :]
+                rows = tl.load(starts_ptr + rows_at, mask=(some < K)[:, None] & (values < V)[None, :], other=0.0)
+                state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + (segment * HEADS + head) * K * V + at, state, mask=inside)
 
@@ -160,8 +171,9 @@ def join_affine(
     splits: Splits,
     *,
     reverse: bool = False,
+    want_final: bool = True,
     exact: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`join` for a recurrence with erase, whose pieces take S to transition @ S + increment.
 
     Args:
@@ -170,6 +182,7 @@ def join_affine(
         initial_state: `[N, H, K, V]` float32, or None for zeros.
         splits: the pieces of the segments.
         reverse: walk the pieces from a segment's last to its first.
+        want_final: as in `join`.
         exact: whether to multiply in float32, or in three tensor-core products that leave off its last bits.
 
     Returns:
@@ -179,7 +192,7 @@ def join_affine(
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
     starts = torch.zeros_like(increments)
-    final = torch.empty(num_segments, heads, K, V, dtype=torch.float32, device=increments.device)
+    final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     launch_kernel(
         _join_affine_kernel,
         num_segments * heads * cdiv(V, AFFINE_TILE),

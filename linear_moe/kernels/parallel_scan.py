@@ -130,6 +130,10 @@ def states_kernel(
     head = (program // (K_TILES * V_TILES)) % HEADS
     walk = (program // (K_TILES * V_TILES * HEADS)).to(tl.int64)
     start, size = piece_of(borders_ptr, borders_stride, walk)
+    # States alone are for what comes after: of a walk that was emptied nothing does.
+    if states_ptr is None:
+        if size == 0:
+            return
     k_head = head // (HEADS // K_HEADS)
     v_head = head // (HEADS // V_HEADS)
     rows = tl.arange(0, CHUNK)
@@ -222,7 +226,7 @@ def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: 
     if decay is Decay.SCALAR:
         assert log_decay is not None
         log_decay = chunk_sums(log_decay, pieces.borders, piece, exact=k.dtype == torch.float32)
-    walks = ragged.pieces(num_tokens, walk_length(k, v, ragged))
+    walks = ragged.splits(num_tokens, walk_length(k, v, ragged))
     first = walks.first_pieces(pieces, ragged, piece)
     return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1]), walks, first)
 
@@ -293,7 +297,7 @@ def _states(
             plan, k, v, starts=None, final=increments, totals=totals, reverse=reverse,
             borders=walks.trailing if reverse else walks.leading,
         )  # fmt: skip
-        starts, _ = join(increments, totals, initial_state, walks, reverse=reverse)
+        starts, _ = join(increments, totals, initial_state, walks, reverse=reverse, want_final=False)
     states = new_states(plan.pieces.splits.num_pieces, k, v, k.dtype)
     ends = new_states(walks.num_pieces, k, v) if final else None
     _run_states(plan, k, v, starts=starts, states=states, final=ends, reverse=reverse)

@@ -297,7 +297,7 @@ def _joined(
         walk, k, k, v, starts=None, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
         borders=walk.splits.trailing if reverse else walk.splits.leading,
     )  # fmt: skip
-    return join(increments, totals, initial_state, walk.splits, reverse=reverse)[0]
+    return join(increments, totals, initial_state, walk.splits, reverse=reverse, want_final=False)[0]
 
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -314,7 +314,7 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragge
         # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
         chunks = ragged.pieces(v.shape[0], chunk)
         log_decay = chunk_sums(log_decay, chunks.borders, chunk, exact=k.dtype == torch.float32)
-    splits = ragged.pieces(v.shape[0], piece_length(k, v, ragged))
+    splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
     return _Walk(DECAY_KINDS[decay], log_decay, v.shape[1], splits)
 
 

@@ -1,8 +1,9 @@
 """Ragged segments, and cutting them into splits so that a few long ones fill a GPU as well as many short ones.
 
-Where to cut depends on static sizes only, never on the data. Each split is scanned by itself from an empty state; the states
-at the splits' borders follow by joining those transitions in order (`linear_moe.kernels.join`); then every split is scanned
-from its own. Only segments longer than a split pay for it.
+How long a split is depends on static sizes only. Each split is scanned by itself from an empty state; the states at the splits'
+borders follow by joining those transitions in order (`linear_moe.kernels.join`); then every split is scanned from its own. Only
+segments longer than a split pay for it; and where sizes alone don't say how long the longest is, the device looks before it
+cuts any: it is the same for the same segments, on either pass.
 """
 
 from __future__ import annotations
@@ -98,6 +99,12 @@ class Ragged(NamedTuple):
             return cut(self.cu_seqlens, num_tokens, length, self.max_length)
         return _uniform_pieces(self.num_segments, self.max_length, length, self.cu_seqlens.device)
 
+    def splits(self, num_tokens: int, length: int | None) -> Splits:
+        """`pieces`, but where cutting the longest segment would not pay, which the device sees, every segment is one."""
+        if length is None or self.uniform(num_tokens):
+            return self.pieces(num_tokens, length)
+        return cut(self.cu_seqlens, num_tokens, length, self.max_length, whole=int(LEAST_GAIN * length))
+
     def num_pieces(self, num_tokens: int, length: int) -> int:
         """P of `pieces`."""
         if self.uniform(num_tokens):
@@ -145,8 +152,17 @@ def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
 
 
 @triton.jit
-def _first_kernel(cu_seqlens_ptr, first_ptr, num_segments, length, BLOCK: tl.constexpr):
-    """One program: the sums of the segments' pieces."""
+def _first_kernel(cu_seqlens_ptr, first_ptr, length_ptr, num_segments, length, whole, BLOCK: tl.constexpr):
+    """One program: how long a piece is, and the sums of the segments' pieces."""
+    longest = tl.full((), 1, tl.int64)
+    for start in range(0, num_segments, BLOCK):
+        segment = start + tl.arange(0, BLOCK)
+        inside = segment < num_segments
+        begin = tl.load(cu_seqlens_ptr + segment, mask=inside, other=0)
+        end = tl.load(cu_seqlens_ptr + segment + 1, mask=inside, other=0)
+        longest = tl.maximum(longest, tl.max(end - begin, 0))
+    length = tl.where(longest <= whole, longest, length)
+    tl.store(length_ptr, length)
     carry = tl.full((), 0, tl.int64)
     tl.store(first_ptr, carry)
     for start in range(0, num_segments, BLOCK):
@@ -161,9 +177,10 @@ def _first_kernel(cu_seqlens_ptr, first_ptr, num_segments, length, BLOCK: tl.con
 
 @triton.jit
 def _cut_kernel(
-    cu_seqlens_ptr, first_ptr, borders_ptr, owner_ptr, num_segments, num_pieces, length, STEPS: tl.constexpr,
+    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, num_segments, num_pieces, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    length = tl.load(length_ptr)
     piece = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = piece < num_pieces
     # The last segment whose first piece is not after this one, by bisection.
@@ -189,23 +206,23 @@ def _cut_kernel(
     tl.store(owner_ptr + piece, low, mask=exists)
 
 
-def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int) -> Splits:
-    """Segments cut into pieces of `length` tokens and a rest."""
+def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, whole: int = 0) -> Splits:
+    """Segments cut into pieces of `length` tokens and a rest; none is cut if the longest has at most `whole` tokens."""
     num_segments = cu_seqlens.numel() - 1
     count = num_pieces(num_tokens, num_segments, length)
-    first, owner = cu_seqlens.new_empty(num_segments + 1), cu_seqlens.new_empty(count)
+    first, chosen, owner = (cu_seqlens.new_empty(size) for size in (num_segments + 1, 1, count))
     borders = cu_seqlens.new_empty(4, count, 2)
-    launch_kernel(_first_kernel, 1, cu_seqlens, first, num_segments, length, BLOCK=SEGMENTS_BLOCK)
+    launch_kernel(_first_kernel, 1, cu_seqlens, first, chosen, num_segments, length, whole, BLOCK=SEGMENTS_BLOCK)
     launch_kernel(
         _cut_kernel,
         cdiv(count, PIECES_BLOCK),
         cu_seqlens,
         first,
+        chosen,
         borders,
         owner,
         num_segments,
         count,
-        length,
         STEPS=num_segments.bit_length(),
         BLOCK=PIECES_BLOCK,
     )

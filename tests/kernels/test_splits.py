@@ -66,6 +66,17 @@ def test_pieces_cover_every_segment_once(lengths: list[int], length: int, spare:
     assert_emptied(splits)
 
 
+@pytest.mark.parametrize("longest", [47, 48, 49, 3000])
+def test_no_segment_is_cut_where_the_longest_is_not_worth_it(longest: int) -> None:
+    """Nothing but the device knows how long it is."""
+    lengths = [5, longest, 0, 40]
+    ragged = Ragged(borders_of(lengths), 10_000, dense=False)
+    splits = ragged.splits(sum(lengths), 16)
+    assert splits.num_pieces == ragged.num_pieces(sum(lengths), 16)
+    assert_covered(splits, lengths, 16 if longest > 48 else longest)
+    assert_emptied(splits)
+
+
 @pytest.mark.parametrize("longest", [0, 3, 40])
 def test_many_segments(longest: int) -> None:
     """More than one block of segments, and more than one of pieces."""
