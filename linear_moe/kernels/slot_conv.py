@@ -4,7 +4,9 @@
 
 x is read through an index where slots share a token's row. A program walks down a run of slots with a tile of channels and
 keeps the last W - 1 inputs in registers: each is loaded and widened once, where W loads of shifted tiles would be most of the
-work. Where a segment begins, and where the run does, the inputs before are loaded anew, from the carried state too.
+work. Where a segment begins, and where the run does, the inputs before are loaded anew, from the carried state too. What a
+border changes is made complete under its branch (how many slots are `left`, not where the segment ends): a number that is still
+being loaded where branches meet makes every row wait for all loads that its scoreboard has, those ahead among them.
 
 Backward z is made again on the same walk. dz_r goes into the sums of dx_{r - W + 1} to dx_r, of which the first is then
 complete and is stored; the walk goes on for W - 1 slots past its run. The weight's gradient is summed along every run and then
@@ -45,7 +47,7 @@ class Launch(NamedTuple):
     length: int
     """Slots of a run."""
     ahead: int
-    """Rows that are loaded before they are needed."""
+    """Rows that are on their way to shared memory before they are needed."""
     channels_per_warp: int
     """At W <= 4. More taps take the registers of half of them."""
 
@@ -63,10 +65,12 @@ class Copy(NamedTuple):
     num_warps: int
 
 
-# From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of k and v together, then of q through the index,
-# at 98,304 slots, C 1024, W 4). A thread has 8 channels: a row is a load of 16 bytes. Forward 0.389 and 0.175; runs of 64 0.411
-# and 0.186, of 128 0.477 and 0.218; 3 rows ahead 0.423. Backward 0.696 and 0.332; runs of 64 0.746 and 0.345, of 256 0.862 and
-# 0.400; 256 channels 0.711; 3 rows ahead 0.883. The floors at 3 TB/s are 0.27 and 0.09 forward, 0.40 and 0.16 backward.
+# From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of k, v and of q through the index, at 98,304 slots,
+# C 1024, W 4, rows of k and v 4,224 bytes apart). Forward 0.157, 0.158, 0.139, a thread has 8 channels; runs of 32 0.158, 0.157,
+# 0.155, of 128 longer; 1 row ahead 0.189, 0.182, 0.181, 5 as 2. Backward, with the sum of q's slots, 0.246, 0.248, 0.351; 2 rows
+# ahead 0.263, 0.250, 0.373; then with a norm on two warps 0.321, 0.247, 0.406; runs of 64 0.311, 0.260, 0.413. With loads kept in
+# registers forward 0.180, 0.188, 0.191, backward 0.341, 0.328, 0.437; with rows 4,112 bytes apart 0.198, 0.202, 0.191 and 0.377,
+# 0.350, 0.437. The floors at 3 TB/s are 0.13 each forward, 0.20, 0.20 and 0.31 backward.
 FORWARD = Launch(channels=256, length=64, ahead=2, channels_per_warp=256)
 BACKWARD = Launch(channels=128, length=128, ahead=3, channels_per_warp=256)
 INTERPRETED_WALKS = 64
