@@ -63,14 +63,18 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages):
     forward 0.405, 0.407, 0.288; values 0.414, 0.505, 0.467; queries 0.597, 0.699, -; keys 0.547, 0.579, -. Tiles of 32 and 8
     warps are slower. At B32 T2048 H16 K = V = 64, 1 and 2 stages: values 0.436, 0.354; queries 0.534, 0.462; keys 0.522, 0.462.
-    At B8 T4096 H4 K = V = 256, where forward and values only write, 2 and 3 stages: forward 0.280, 0.200; values 0.401, -.
+    At B8 T4096 H4 K = V = 256, where forward and values only write, tiles of 64 on 8 warps with 2 and 3 stages: forward 0.280,
+    0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of which
+    two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with tiles of 32, 1.202 with 64.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.
         return Launch(chunk=32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
     if largest > 128:
-        return Launch(chunk=64, tile=64, num_warps=8, num_stages=3 if walk == "forward" else 2)
+        if walk == "forward":
+            return Launch(chunk=64, tile=32, num_warps=4, num_stages=2)
+        return Launch(chunk=64, tile=64, num_warps=8, num_stages=2)
     if walk == "forward":
         return Launch(chunk=64, tile=64, num_warps=4, num_stages=3)
     return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 else 1)
@@ -88,6 +92,10 @@ TABLE = LaunchTable(
 )
 """By the walk, the decay, K, V and the dtype. The chunk, whose matrices are kept for the backward pass, and, through
 `piece_length`, where segments are cut are the frozen table's."""
+
+
+FULL_TILE = 64
+"""Channels of a 16-bit walk that has a multiprocessor to itself."""
 
 
 class ChunkLaunch(NamedTuple):
@@ -163,7 +171,9 @@ def stored_piece(k: Tensor, v: Tensor) -> int | None:
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a split where long segments are split, from sizes alone."""
     launch = choose_launch("forward", k.shape[2], v.shape[2], k.dtype)
-    tiles = cdiv(v.shape[2], tile_of(v.shape[2], launch.tile, v.dtype))
+    # Of narrower tiles a multiprocessor has more programs.
+    tile = launch.tile if v.dtype == torch.float32 else max(launch.tile, FULL_TILE)
+    tiles = cdiv(v.shape[2], tile_of(v.shape[2], tile, v.dtype))
     multiple = stored_piece(k, v) or launch.chunk
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), multiple)
 
