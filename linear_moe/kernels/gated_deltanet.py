@@ -64,8 +64,8 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
     forward 0.405, 0.407, 0.288; values 0.414, 0.505, 0.467; queries 0.597, 0.699, -; keys 0.547, 0.579, -. Tiles of 32 and 8
     warps are slower. At B32 T2048 H16 K = V = 64, 1 and 2 stages: values 0.436, 0.354; queries 0.534, 0.462; keys 0.522, 0.462.
     At B8 T4096 H4 K = V = 256, where forward and values only write, tiles of 64 on 8 warps with 2 and 3 stages: forward 0.280,
-    0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of which
-    two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with tiles of 32, 1.202 with 64.
+    0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of
+    which two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with 32, 1.202 with 64.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:

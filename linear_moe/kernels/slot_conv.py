@@ -65,12 +65,12 @@ class Copy(NamedTuple):
     num_warps: int
 
 
-# From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of k, v and of q through the index, at 98,304 slots,
-# C 1024, W 4, rows of k and v 4,224 bytes apart). Forward 0.157, 0.158, 0.139, a thread has 8 channels; runs of 32 0.158, 0.157,
-# 0.155, of 128 longer; 1 row ahead 0.189, 0.182, 0.181, 5 as 2. Backward, with the sum of q's slots, 0.246, 0.248, 0.351; 2 rows
-# ahead 0.263, 0.250, 0.373; then with a norm on two warps 0.321, 0.247, 0.406; runs of 64 0.311, 0.260, 0.413. With loads kept in
-# registers forward 0.180, 0.188, 0.191, backward 0.341, 0.328, 0.437; with rows 4,112 bytes apart 0.198, 0.202, 0.191 and 0.377,
-# 0.350, 0.437. The floors at 3 TB/s are 0.13 each forward, 0.20, 0.20 and 0.31 backward.
+# From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of k, v and of q through the index, at 98,304
+# slots, C 1024, W 4, rows of k and v 4,224 bytes apart). Forward 0.157, 0.158, 0.139, a thread has 8 channels; runs of 32
+# 0.158, 0.157, 0.155, of 128 longer; 1 row ahead 0.189, 0.182, 0.181, 5 as 2. Backward, with the sum of q's slots, 0.246,
+# 0.248, 0.351; 2 rows ahead 0.263, 0.250, 0.373; then with a norm on two warps 0.321, 0.247, 0.406; runs of 64 0.311, 0.260,
+# 0.413. With loads kept in registers forward 0.180, 0.188, 0.191, backward 0.341, 0.328, 0.437; with rows 4,112 bytes apart
+# 0.198, 0.202, 0.191 and 0.377, 0.350, 0.437. The floors at 3 TB/s are 0.13 each forward, 0.20, 0.20 and 0.31 backward.
 FORWARD = Launch(channels=256, length=64, ahead=2, channels_per_warp=256)
 BACKWARD = Launch(channels=128, length=128, ahead=3, channels_per_warp=256)
 INTERPRETED_WALKS = 64
