@@ -19,6 +19,12 @@ MOST_KEPT = 128
 """Of one function's results."""
 
 
+def _stream_of(device: torch.device) -> int:
+    """The number of a GPU's current stream, without the object that torch's public function makes around it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
 def static(make: Callable[..., Made]) -> Callable[..., Made]:
     """Keep what a function of sizes and, last, a device returns, wherever its tensors are plain ones. They must not be written.
 
@@ -52,8 +58,7 @@ def static(make: Callable[..., Made]) -> Callable[..., Made]:
                     return make(*arguments)
                 in_graphs[arguments] = latest[arguments]
             return in_graphs[arguments]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        made = latest[arguments] = kept(torch._C._cuda_getCurrentRawStream(index), *arguments)
+        made = latest[arguments] = kept(_stream_of(device), *arguments)
         if len(latest) > MOST_KEPT:
             latest.pop(next(iter(latest)), None)
         return made

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +76,7 @@ def test_a_captured_graph_takes_what_is_there_and_holds_it(monkeypatch: pytest.M
 
     stream, capturing = [1], [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream[0]))
+    monkeypatch.setattr(static_tensors, "_stream_of", lambda device: stream[0])
     gpu = torch.device("cuda")
     first = upto(3, gpu)
     # Another stream's is not known to be complete, but in a capture, which waits for all.
