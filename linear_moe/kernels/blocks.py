@@ -220,13 +220,9 @@ def gates_by_head(
     num_tokens, heads = given.shape
     wide = torch.float64 if exact else torch.float32
 
-    def room(wanted: bool, dtype: torch.dtype) -> Tensor | None:
-        return given.new_empty(heads, num_tokens, dtype=dtype) if wanted else None
-
-    decays = log_decay is not None
-    made = GatesByHead(
-        room(decays, wide), room(decays and chunk is not None, wide), None if beta is None else room(True, beta.dtype)
-    )
+    sums = None if log_decay is None else log_decay.new_empty(heads, num_tokens, dtype=wide)
+    inner = None if sums is None or chunk is None else torch.empty_like(sums)
+    made = GatesByHead(sums, inner, None if beta is None else beta.new_empty(heads, num_tokens))
     launch_kernel(
         _by_head_kernel,
         borders.shape[0],

@@ -12,6 +12,7 @@ _LIBRARY = torch.library.Library("linear_moe", "FRAGMENT")
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What each operator runs on a CPU and on a GPU."""
 _PLAIN = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+"""Of a call for which nothing but such a function is left to run."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What kernels take."""
 

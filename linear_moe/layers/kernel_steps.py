@@ -93,6 +93,13 @@ def leading_parts(parts: dict[str, ConvPart] | None, projections: Iterable[str])
     return leading
 
 
+def conv_runs(parts: dict[str, ConvPart] | None, leading: list[ConvPart]) -> list[list[ConvPart]]:
+    """What is convolved together, in the order of the weight's channels: the `leading` parts, and each other by itself."""
+    runs = [leading] if leading else []
+    runs += [[part] for part in (parts or {}).values() if part not in leading]
+    return sorted(runs, key=lambda run: run[0].first_channel)
+
+
 def normed_by_conv(parts: dict[str, ConvPart] | None) -> bool:
     """Whether queries and keys come out of the convolution with length 1."""
     return parts is not None and all(name in parts and parts[name].norm_heads is not None for name in ("q", "k"))
@@ -160,22 +167,14 @@ class SlotConv:
         num_states: int,
         runs: list[list[ConvPart]],
     ) -> None:
-        """`runs`: the parts that are convolved together; of them all, one after another, are the weight's channels."""
-        from linear_moe.kernels.slot_conv_operator import segment_of_slots
-
+        """`plan` as the kernels make it, or the identity; `runs` as `conv_runs` makes them."""
         self.plan, self.num_states = plan, num_states
         # One split: the gradient of a range of rows alone would be a copy into zeros.
         first = [run[0].first_channel for run in runs]
         widths = [sum(part.width for part in run) for run in runs]
         self.weights = dict(zip(first, weight.split(widths), strict=True))
         self.biases = {} if bias is None else dict(zip(first, bias.split(widths), strict=True))
-        self.source = plan.source
-        if plan.source is None and not plan.identity:
-            self.source = plan.order // fan_out
         self.place = None if plan.identity else plan.place.view(-1, fan_out)
-        self.segment = plan.segment
-        if plan.segment is None:
-            self.segment = segment_of_slots(plan.cu_seqlens, plan.order.shape[0])
         self.state = None if state is None else state.transpose(0, 1).flatten(0, 1)
         self._carried: dict[int, Tensor] = {}
 
@@ -188,9 +187,9 @@ class SlotConv:
             self.weights[part.first_channel],
             self.biases.get(part.first_channel),
             self.plan.cu_seqlens,
-            source=self.source if by_token else None,
+            source=self.plan.source if by_token else None,
             place=self.place if by_token else None,
-            segment=self.segment,
+            segment=self.plan.segment,
             state=None if self.state is None else self.state[..., part.channels],
             activation=part.activation,
             norm_heads=part.norm_heads,
@@ -213,7 +212,7 @@ class SlotConv:
             [part.width for part in parts],
             [part.norm_heads for part in parts],
             activation=parts[0].activation,
-            segment=self.segment,
+            segment=self.plan.segment,
         )
 
     def carried(self) -> Tensor | None:

@@ -23,6 +23,7 @@ from linear_moe.layers.kernel_steps import (
     SlotConv,
     combines,
     conv_parts,
+    conv_runs,
     gates_are_declared,
     gates_of,
     kernels_run,
@@ -154,6 +155,7 @@ class RecurrentMixer(nn.Module, ABC):
         self.conv_norms = normed_by_conv(self.conv_parts)
         self.kernel_gates = gates_are_declared(self.rule, normalized=True)
         self.leading_parts = leading_parts(self.conv_parts, self.memory_projections)
+        self.conv_runs = conv_runs(self.conv_parts, self.leading_parts)
 
         self.gate_parameters = GateParameters(self.rule.parameters(), num_states, **factory)
         value_width = dims.num_value_heads * dims.head_value_dim
@@ -399,20 +401,20 @@ class RecurrentMixer(nn.Module, ABC):
         """
         assert self.conv_parts is not None and self.conv_weight is not None
         # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
-        leading = self.leading_parts if conv_state is None else []
-        runs = [leading] if leading else []
-        runs += [[part] for part in self.conv_parts.values() if part not in leading]
-        runs.sort(key=lambda run: run[0].first_channel)
+        if conv_state is None:
+            leading, runs = self.leading_parts, self.conv_runs
+        else:
+            leading, runs = [], conv_runs(self.conv_parts, [])
         conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states, runs)
         raw: dict[str, Tensor] = {}
         for_gate = tokens
         if self.memory_weight is not None:
             widths = [_first_width(spec) for spec in self.memory_projections.values()]
             projected = None
-            if conv.source is not None and conv.place is not None:
+            if conv.place is not None:
+                assert plan.source is not None and plan.ends is not None
                 place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
-                ends = cu_memories[1:].to(torch.int32) if plan.ends is None else plan.ends
-                routed = routed_linear(tokens, self.memory_weight, ends, conv.source, place, shared=shared)
+                routed = routed_linear(tokens, self.memory_weight, plan.ends, plan.source, place, shared=shared)
                 if routed is not None:
                     projected, tokens, for_gate = routed
             # What it leaves in rows of no memory is anything: the convolution reads none of them.
