@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.runtime import driver
 
 Key = tuple[object, ...]
 
@@ -35,40 +34,33 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     if getattr(_local, "compiling", False) and "num_warps" in options:
         kernel.warmup(*arguments, grid=(grid,), **options)
         return
-    device = torch.cuda.current_device()
-    key = (
-        id(kernel),
-        device,
-        tuple([_specialization(x) for x in arguments]),
-        tuple(options),
-        tuple(options.values()),
-    )
+    device = torch._C._cuda_getDevice()
+    key = (id(kernel), device, _specialization(arguments), tuple(options), tuple(options.values()))
     compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled.launch(grid, device, arguments)
+    if compiled is None:
+        constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+        assert [parameter.name for parameter in kernel.params[len(arguments) :]] == constants, "constants by name, last"
+        made = kernel[(grid,)](*arguments, **options)
+        _compiled[key] = _Compiled(made, tuple([options[name] for name in constants]))
         return
-    constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
-    assert [parameter.name for parameter in kernel.params[len(arguments) :]] == constants, "constants by name, last"
-    made = kernel[(grid,)](*arguments, **options)
-    _compiled[key] = _Compiled(made, tuple(options[name] for name in constants))
+    compiled.launch(grid, device, arguments)
 
 
-class _Compiled(NamedTuple):
+class _Compiled:
     """A kernel that Triton has compiled and loaded."""
 
-    kernel: Any
-    constants: tuple[object, ...]
+    def __init__(self, kernel: Any, constants: tuple[object, ...]) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.run, self.handles = kernel.run, (kernel.function, kernel.packed_metadata)
 
     def launch(self, grid: int, device: int, arguments: tuple[Tensor | int | float | None, ...]) -> None:
         """As `kernel[(grid, 1, 1)](...)` does, but what a profiler is told is made only where one listens."""
-        kernel = self.kernel
-        if _listens(knobs.runtime.launch_enter_hook) or _listens(knobs.runtime.launch_exit_hook):
-            kernel[(grid, 1, 1)](*arguments, *self.constants)
+        runtime = knobs.runtime
+        if _listens(runtime.launch_enter_hook) or _listens(runtime.launch_exit_hook):
+            self.kernel[(grid, 1, 1)](*arguments, *self.constants)
             return
-        stream = driver.active.get_current_stream(device)
-        kernel.run(
-            grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments, *self.constants
-        )
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self.run(grid, 1, 1, stream, *self.handles, None, None, None, *arguments, *self.constants)
 
 
 def _listens(hook: Any) -> bool:
@@ -76,15 +68,16 @@ def _listens(hook: Any) -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-def _specialization(argument: Tensor | int | float | None) -> object:
-    """What Triton compiles an argument's kernel for."""
-    if argument is None:
-        return None
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return float
+def _specialization(arguments: tuple[Tensor | int | float | None, ...]) -> tuple[object, ...]:
+    """What Triton compiles a kernel for of its arguments. In line: a call of each would take as long again."""
+    return tuple([
+        (x.dtype, x.data_ptr() & 15 == 0)
+        if isinstance(x, Tensor)
+        else (x == 1, x & 15 == 0, -(2**31) <= x < 2**31)
+        if isinstance(x, int)
+        else x is None
+        for x in arguments
+    ])  # fmt: skip
 
 
 @contextlib.contextmanager
