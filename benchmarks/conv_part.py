@@ -21,8 +21,8 @@ import triton
 from measuring import provenance, write_rows
 from torch import Tensor
 
-from linear_moe.kernels.slot_conv_columns import column_convs
 from linear_moe.kernels.slot_conv_operator import segment_of_slots, slot_conv
+from linear_moe.kernels.slot_convs_operator import Part, slot_convs
 from linear_moe.layers.routing import SlotPlan, sort_slots
 from linear_moe.layers.short_conv import activate, short_conv
 from linear_moe.layers.slots import gather_tokens
@@ -91,8 +91,9 @@ def kernels(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     borders, head = inputs.plan.cu_seqlens, HEAD if case.norm else None
     segment = segment_of_slots(borders, case.tokens * FAN_OUT)
     if case.kind == "columns":
-        widths, heads = (CHANNELS, CHANNELS), (head, None)
-        return column_convs(inputs.x, inputs.weight, None, borders, widths, heads, activation="silu", segment=segment)
+        parts = [Part(CHANNELS, first, "silu", norm) for first, norm in ((0, head), (CHANNELS, None))]
+        made = slot_convs(inputs.x, parts, inputs.weight, None, borders, segment=segment)
+        return (*made.parts, made.rest)
     indexed = case.kind == "indexed"
     source, place = (inputs.plan.order // FAN_OUT, inputs.plan.place.view(-1, FAN_OUT)) if indexed else (None, None)
     output, _ = slot_conv(

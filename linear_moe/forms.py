@@ -73,3 +73,16 @@ class GateForms(NamedTuple):
 
     log_decay: SoftplusDecay | None = None
     beta: SigmoidStrength | None = None
+
+
+class GateColumns(NamedTuple):
+    """Where in a fused projection the numbers lie that a rule's gates are made of, side by side for its heads."""
+
+    decay: int | None
+    """The first column of `SoftplusDecay.projection`, or None without such a gate."""
+    strength: int | None
+    """The first column of `SigmoidStrength.projection`, or None."""
+    heads: int
+    """H"""
+    largest: float
+    """Of the strength."""

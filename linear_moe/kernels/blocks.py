@@ -246,29 +246,54 @@ def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> T
     return sums
 
 
+class SumLaunch(NamedTuple):
+    """Launch parameters of a sum of many short rows: a program takes the few columns that are one read of the memory's."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+ROWS_SUMMED = SumLaunch(rows=512, columns=16, num_warps=8)
+"""Where the interpreter runs, of fewer rows and more columns."""
+INTERPRETED_SUMS = SumLaunch(rows=64, columns=512, num_warps=8)
+
+
 @triton.jit
-def _sum_rows_kernel(x_ptr, sum_ptr, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+def summed_rows(x_ptr, num_rows, column, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """A few columns of `[num_rows, WIDTH]` float32, summed over all rows, always in one order."""
     row = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((ROWS, column.shape[0]), tl.float32)
     for first in range(0, num_rows, ROWS):
         inside = (first + row < num_rows)[:, None] & (column < WIDTH)[None, :]
         total += tl.load(x_ptr + (first + row).to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-    tl.store(sum_ptr + column, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=column < WIDTH)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _sum_rows_kernel(x_ptr, sum_ptr, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = summed_rows(x_ptr, num_rows, column, WIDTH, ROWS)
+    tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), mask=column < WIDTH)
+
+
+def sum_launch(rows: Tensor) -> SumLaunch:
+    """How `rows` `[R, *]` are summed."""
+    launch = ROWS_SUMMED if rows.is_cuda else INTERPRETED_SUMS
+    return launch._replace(rows=block_of(rows.shape[0], launch.rows))
 
 
 def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What many programs each made a part of: `[R, *]` float32, contiguous, summed to `[*]` of `dtype`, always in one order.
 
-    Rows are many and short: a program takes the few columns that are one read of the memory's, of all rows. torch's sum takes
-    28 us on an H100 for 12 MB.
+    torch's sum takes 28 us on an H100 for 12 MB.
     """
     total = x.new_empty(x.shape[1:], dtype=dtype)
     if total.numel():
-        rows, columns = (512, 16) if x.is_cuda else (64, 512)
+        rows, columns, num_warps = sum_launch(x)
         launch_kernel(
-            _sum_rows_kernel, cdiv(total.numel(), columns), x, total, x.shape[0], WIDTH=total.numel(),
-            ROWS=block_of(x.shape[0], rows), COLUMNS=columns, num_warps=8,
+            _sum_rows_kernel, cdiv(total.numel(), columns), x, total, x.shape[0], WIDTH=total.numel(), ROWS=rows,
+            COLUMNS=columns, num_warps=num_warps,
         )  # fmt: skip
     return total
 

@@ -67,8 +67,8 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_log_decay_ptr, d_beta_ptr, x_ptr, y_ptr, rate_ptr, shift_ptr, d_x_ptr, d_y_ptr, sums_ptr, x_stride, y_stride, num_rows,
-    largest, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    d_log_decay_ptr, d_beta_ptr, x_ptr, y_ptr, rate_ptr, shift_ptr, d_x_ptr, d_y_ptr, sums_ptr, x_stride, y_stride, d_x_stride,
+    d_y_stride, num_rows, largest, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`sums`: of dx and of log_decay dlog_decay over the program's rows `[P, 2, H]`."""
     row, head, inside = _tile(num_rows, HEADS, ROWS, BLOCK)
@@ -79,7 +79,7 @@ def _backward_kernel(
         d_log_decay = tl.load(d_log_decay_ptr + at, mask=inside, other=0.0)
         opened, _ = sigmoids(x)
         d_x = d_log_decay * pace * opened
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_x_ptr + row * d_x_stride + head, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
         sums = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * HEADS + tl.arange(0, BLOCK)
         in_heads = tl.arange(0, BLOCK) < HEADS
         tl.store(sums, tl.sum(d_x, 0), mask=in_heads)
@@ -87,7 +87,7 @@ def _backward_kernel(
     if y_ptr is not None:
         opened, shut = sigmoids(_load(y_ptr, y_stride, row, head, inside))
         d_y = tl.load(d_beta_ptr + at, mask=inside, other=0.0) * (largest * opened * shut)
-        tl.store(d_y_ptr + at, d_y.to(d_y_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_y_ptr + row * d_y_stride + head, d_y.to(d_y_ptr.dtype.element_ty), mask=inside)
 
 
 def _sizes(num_rows: int, heads: int) -> tuple[int, dict[str, int]]:
@@ -102,15 +102,6 @@ class Gates(NamedTuple):
 
     log_decay: Tensor
     beta: Tensor
-
-
-class Gradients(NamedTuple):
-    """Likewise."""
-
-    x: Tensor
-    y: Tensor
-    rate: Tensor
-    shift: Tensor
 
 
 def _stride(x: Tensor | None) -> int:
@@ -143,20 +134,18 @@ def forward(x: Tensor | None, y: Tensor | None, rate: Tensor | None, shift: Tens
 
 def backward(
     d_log_decay: Tensor, d_beta: Tensor, x: Tensor | None, y: Tensor | None, rate: Tensor | None, shift: Tensor | None,
-    largest: float,
-) -> Gradients:  # fmt: skip
-    """The gradients of what `forward` was given, from those of what it made, contiguous."""
+    largest: float, d_x: Tensor | None, d_y: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Fill `d_x` and `d_y` `[R, H]`, whose rows may lie apart, and return the gradients of the shift and the rate, `[2, H]`
+    float32, or None without a decay. What `forward` was given, and the gradients of what it made, contiguous.
+    """
     given = x if y is None else y
     assert given is not None
-    d_x, d_y = (given.new_empty(0 if z is None else z.shape) for z in (x, y))
     programs, sizes = _sizes(*given.shape)
-    sums = given.new_empty(0 if x is None else programs, 2, given.shape[1], dtype=torch.float32)
+    sums = None if x is None else given.new_empty(programs, 2, given.shape[1], dtype=torch.float32)
     if given.numel():
         launch_kernel(
             _backward_kernel, programs, d_log_decay, d_beta, x, y, rate, shift, d_x, d_y, sums, _stride(x), _stride(y),
-            given.shape[0], largest, **sizes,
+            _stride(d_x), _stride(d_y), given.shape[0], largest, **sizes,
         )  # fmt: skip
-    if rate is None or shift is None:
-        return Gradients(d_x, d_y, given.new_empty(0, dtype=torch.float32), given.new_empty(0, dtype=torch.float32))
-    d_shift, d_rate = sum_rows(sums, torch.float32)
-    return Gradients(d_x, d_y, d_rate.to(rate.dtype, copy=True), d_shift.to(shift.dtype, copy=True))
+    return None if sums is None else sum_rows(sums, torch.float32)

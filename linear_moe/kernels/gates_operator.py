@@ -32,18 +32,21 @@ def _gates_backward(
     d_log_decay: Tensor, d_beta: Tensor, x: Tensor | None, y: Tensor | None, rate: Tensor | None, shift: Tensor | None,
     largest: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_x, d_y = (None if z is None else z.new_empty(z.shape) for z in (x, y))
     with torch.cuda.device_of(d_beta):
-        return tuple(gates.backward(d_log_decay, d_beta, x, y, rate, shift, largest))  # type: ignore[return-value]
+        sums = gates.backward(d_log_decay, d_beta, x, y, rate, shift, largest, d_x, d_y)
+    none = d_beta.new_empty(0)
+    if sums is None or rate is None or shift is None:
+        d_rate, d_shift = none, none.clone()
+    else:
+        d_rate, d_shift = sums[1].to(rate.dtype, copy=True), sums[0].to(shift.dtype, copy=True)
+    return none.clone() if d_x is None else d_x, none.clone() if d_y is None else d_y, d_rate, d_shift
 
 
 @torch.library.register_fake("linear_moe::gates_backward")
 def _(d_log_decay, d_beta, x, y, rate, shift, largest):
-    given = x if y is None else y
-    none = given.new_empty(0, dtype=torch.float32)
-    return (
-        *(given.new_empty(0 if z is None else z.shape) for z in (x, y)),
-        *(none.clone() if z is None else z.new_empty(z.shape) for z in (rate, shift)),
-    )
+    none = d_beta.new_empty(0)
+    return tuple(none.clone() if z is None else z.new_empty(z.shape) for z in (x, y, rate, shift))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels import slot_sum
-from linear_moe.kernels.blocks import block_of, cdiv, sum_rows
+from linear_moe.kernels.blocks import block_of, cdiv, sum_launch, summed_rows
 from linear_moe.kernels.launch import launch_kernel
 
 NORM_EPS = tl.constexpr(1e-6)
@@ -310,6 +310,7 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     HEAD: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
 ):
     LATE: tl.constexpr = WIDTH - 1
     NUM_SUMS: tl.constexpr = WIDTH if bias_ptr is None else WIDTH + 1
@@ -373,8 +374,22 @@ def _backward_kernel(
         left -= 1
     exists = (first < num_slots)[:, None] & in_channels[None, :]
     for tap in tl.static_range(NUM_SUMS):
-        at = sums_ptr + (runs * NUM_SUMS + tap)[:, None] * CHANNELS + channels[None, :]
+        at = sums_ptr + (runs * NUM_SUMS + tap)[:, None] * SUM_CHANNELS + channels[None, :]
         tl.store(at, sums[tap], mask=exists)
+
+
+@triton.jit
+def _sum_runs_kernel(
+    sums_ptr, d_weight_ptr, d_bias_ptr, num_runs, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    NUM_SUMS: tl.constexpr = WIDTH if d_bias_ptr is None else WIDTH + 1
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = summed_rows(sums_ptr, num_runs, column, NUM_SUMS * CHANNELS, ROWS)
+    tap, channel = column // CHANNELS, column % CHANNELS
+    tl.store(d_weight_ptr + channel * WIDTH + tap, total.to(d_weight_ptr.dtype.element_ty), mask=tap < WIDTH)
+    if d_bias_ptr is not None:
+        tl.store(d_bias_ptr + channel, total.to(d_bias_ptr.dtype.element_ty), mask=tap == WIDTH)
 
 
 class Conv(NamedTuple):
@@ -463,13 +478,11 @@ def forward(conv: Conv) -> Tensor:
     return output
 
 
-class Gradients(NamedTuple):
-    """Of what a convolution is made of."""
-
-    x: Tensor | None
-    """`[S, C]`"""
-    weight: Tensor
-    bias: Tensor | None
+def new_sums(num_slots: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Room for what every run makes of the gradients of a weight and a bias, `[runs, W or W + 1, C]` float32."""
+    _, length = walks_of(BACKWARD, num_slots, weight.device)
+    runs = cdiv(num_slots, length) if num_slots else 0
+    return weight.new_empty(runs, weight.shape[1] + (bias is not None), weight.shape[0], dtype=torch.float32)
 
 
 def backward(
@@ -477,21 +490,21 @@ def backward(
     d_output: Tensor,
     d_carried: Tensor | None,
     place: Tensor | None,
+    sums: Tensor,
     *,
     want_x: bool,
     d_x: Tensor | None = None,
-) -> Gradients:
-    """The gradients.
+) -> Tensor | None:
+    """The gradient of x `[S, C]`, if wanted; those of the weight and the bias are what `sum_runs` makes of `sums`.
 
-    `place` `[S, F]` are the slots that read a row of x through `source`, negative where there are fewer. `d_x` `[S, C]`, which
-    may be a range of columns, is written instead of a new tensor; without a source only.
+    `place` `[S, F]` are the slots that read a row of x through `source`, negative where there are fewer. `sums` are this
+    convolution's channels of what `new_sums` makes. `d_x` `[S, C]`, which may be a range of columns, is written instead of a
+    new tensor; without a source only.
     """
     tile, block, head = conv.tile(BACKWARD.channels)
     walks, length = walks_of(BACKWARD, conv.num_slots, conv.x.device)
-    runs = cdiv(conv.num_slots, length) if conv.num_slots else 0
+    runs = sums.shape[0]
     d_slots = conv.x.new_empty(conv.num_slots, conv.channels) if want_x and d_x is None else d_x
-    num_sums = conv.width + (conv.bias is not None)
-    sums = conv.x.new_empty(runs, num_sums, conv.channels, dtype=torch.float32)
     if runs:
         launch_kernel(
             _backward_kernel,
@@ -520,15 +533,23 @@ def backward(
             WIDTH=conv.width,
             SILU=conv.silu,
             HEAD=head,
+            SUM_CHANNELS=sums.stride(1),
             num_warps=BACKWARD.num_warps(block, conv.width),
         )
-    weight, bias = conv.weight, conv.bias
-    summed = sum_rows(sums, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype))
-    return Gradients(
-        d_slots if d_slots is None or conv.source is None else _sum_of_readers(d_slots, place),
-        summed[: conv.width].T.contiguous().to(weight.dtype),
-        None if bias is None else summed[conv.width].to(bias.dtype),
-    )
+    return d_slots if d_slots is None or conv.source is None else _sum_of_readers(d_slots, place)
+
+
+def sum_runs(sums: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the weight and the bias."""
+    d_weight = torch.empty_like(weight)
+    d_bias = None if bias is None else torch.empty_like(bias)
+    numbers = sums.shape[1] * sums.shape[2]
+    rows, columns, num_warps = sum_launch(sums)
+    launch_kernel(
+        _sum_runs_kernel, cdiv(numbers, columns), sums, d_weight, d_bias, sums.shape[0], CHANNELS=weight.shape[0],
+        WIDTH=weight.shape[1], ROWS=rows, COLUMNS=columns, num_warps=num_warps,
+    )  # fmt: skip
+    return d_weight, d_bias
 
 
 def _sum_of_readers(d_slots: Tensor, place: Tensor | None) -> Tensor:

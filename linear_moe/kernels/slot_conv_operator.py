@@ -44,14 +44,11 @@ def _slot_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     conv = kernels.Conv(x, weight, bias, cu_seqlens, segment, source, state, silu, norm_heads)
     with torch.cuda.device_of(x):
-        made = kernels.backward(conv, d_output, d_carried, place, want_x=want_x)
+        sums = kernels.new_sums(conv.num_slots, weight, bias)
+        d_x = kernels.backward(conv, d_output, d_carried, place, sums, want_x=want_x)
+        d_weight, d_bias = kernels.sum_runs(sums, weight, bias)
         d_state = carried_inputs.state_gradient(conv, d_output, d_carried) if want_state else _empty(x)
-    return (
-        _empty(x) if made.x is None else made.x,
-        made.weight,
-        _empty(x) if made.bias is None else made.bias,
-        d_state,
-    )
+    return _empty(x) if d_x is None else d_x, d_weight, _empty(x) if d_bias is None else d_bias, d_state
 
 
 @torch.library.register_fake("linear_moe::slot_conv_backward")

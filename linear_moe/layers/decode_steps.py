@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from linear_moe.layers.kernel_steps import (
     LARGEST_CONV_WIDTH,
@@ -25,7 +25,7 @@ from linear_moe.layers.kernel_steps import (
     kernels_run,
     made_tokens,
 )
-from linear_moe.layers.projections import autocast_dtype
+from linear_moe.layers.projections import autocast_dtype, plain_linear
 from linear_moe.layers.sequences import Sequences
 from linear_moe.layers.short_conv import activate
 from linear_moe.layers.state import MemoryState
@@ -144,7 +144,7 @@ def decode_token(
         tokens, conv = _convolve_input(tokens, conv, valid), None
     assignment, loss = layer._assign(tokens, sequences, True)
     memory, weights = assignment.memory, assignment.weights
-    gate_proj = _plain(layer.gate_proj) if layer.kernel_combines else None
+    gate_proj = plain_linear(layer.gate_proj) if layer.kernel_combines else None
     projected = project_token(
         tokens,
         None if layer.memory_weight is None else memory,
@@ -253,7 +253,7 @@ def _combine(
         gate = layer.gate_proj(tokens)
     place = _slots_in_order(reads.shape[0], reads.device)
     mixed = combine_reads(reads, place, weights, gate, layer.norm.weight, eps=layer.norm.eps, valid=valid)
-    out_proj = _plain(layer.out_proj) if num_tokens <= FEW_TOKENS else None
+    out_proj = plain_linear(layer.out_proj) if num_tokens <= FEW_TOKENS else None
     made = layer.out_proj(mixed) if out_proj is None else project_token(mixed, None, None, out_proj.weight).token
     assert made is not None
     return made
@@ -262,12 +262,3 @@ def _combine(
 @static
 def _slots_in_order(num_slots: int, device: torch.device) -> Tensor:
     return torch.arange(num_slots, device=device)
-
-
-def _plain(module: nn.Module | None) -> nn.Linear | None:
-    """A module that is its weight and nothing else, or None: adapters and hooks want to be called, and what has put a `forward`
-    of its own into a module may keep the weight elsewhere until then.
-    """
-    if type(module) is not nn.Linear or getattr(module, "bias", None) is not None:
-        return None
-    return None if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) else module

@@ -7,19 +7,24 @@ and the experts' sum. Where they don't run, PyTorch makes the same numbers.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from linear_moe.forms import GateColumns, GateForms
 from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.projections import autocast_dtype
 from linear_moe.layers.routing import SlotPlan
 from linear_moe.layers.sequences import Sequences
 from linear_moe.rules.base import Projection, Tokens, UpdateRule
 from linear_moe.rules.scan import TRITON_INSTALLED, TRUSTED_KERNEL_DTYPES
+
+if TYPE_CHECKING:
+    from linear_moe.kernels.slot_convs_operator import Mixed
 
 LARGEST_CONV_WIDTH = 8
 LARGEST_HEAD = 256
@@ -82,22 +87,63 @@ def conv_parts(
     return parts
 
 
-def leading_parts(parts: dict[str, ConvPart] | None, projections: Iterable[str]) -> list[ConvPart]:
-    """The first of `projections`, one after another, that are convolved and share an activation."""
-    leading: list[ConvPart] = []
-    for name in projections:
-        part = None if parts is None else parts.get(name)
-        if part is None or (leading and part.activation != leading[0].activation):
-            break
-        leading.append(part)
-    return leading
+class Together(NamedTuple):
+    """The parts that one operator makes where nothing is carried, and the gates beside them."""
+
+    by_slot: list[ConvPart]
+    """The first columns of the memories' projection."""
+    by_token: ConvPart | None
+    """All columns of the projection that is made once a token."""
+    gates: GateColumns | None
+    """All other columns of the memories' projection, if gates of declared forms are made of them."""
+
+    @property
+    def parts(self) -> list[ConvPart]:
+        return [*self.by_slot, *([] if self.by_token is None else [self.by_token])]
 
 
-def conv_runs(parts: dict[str, ConvPart] | None, leading: list[ConvPart]) -> list[list[ConvPart]]:
-    """What is convolved together, in the order of the weight's channels: the `leading` parts, and each other by itself."""
-    runs = [leading] if leading else []
-    runs += [[part] for part in (parts or {}).values() if part not in leading]
-    return sorted(runs, key=lambda run: run[0].first_channel)
+def made_together(
+    parts: dict[str, ConvPart] | None,
+    memory_projections: Mapping[str, Projection],
+    token_projections: Mapping[str, Projection],
+    gates: GateForms | None,
+    heads: int,
+) -> Together | None:
+    """What one operator makes of these projections, or None where their first is not convolved.
+
+    `gates` are those of the rule if kernels make them: of so many heads.
+    """
+    if not parts:
+        return None
+    names, tokens = list(memory_projections), list(token_projections)
+    by_slot = [parts[name] for name in itertools.takewhile(parts.__contains__, names)]
+    # Only where that is all of the weight: its gradient is then one tensor.
+    all_at_once = len(tokens) == 1 and tokens[0] in parts and len(by_slot) + 1 == len(parts)
+    if not all_at_once:
+        following = itertools.accumulate(
+            (part.width for part in by_slot), initial=by_slot[0].first_channel if by_slot else 0
+        )
+        by_slot = [part for part, first in zip(by_slot, following, strict=False) if part.first_channel == first]
+    if not by_slot:
+        return None
+    rest, first = names[len(by_slot) :], sum(part.width for part in by_slot)
+    found = None
+    if gates is not None and rest:
+        columns = {name: first + n * heads for n, name in enumerate(rest)}
+        decay, strength = (None if form is None else columns.get(form.projection) for form in gates)
+        if set(columns.values()) == {decay, strength} - {None}:
+            found = GateColumns(decay, strength, heads, 1.0 if gates.beta is None else gates.beta.largest)
+    return Together(by_slot, parts[tokens[0]] if all_at_once else None, found)
+
+
+def conv_runs(parts: dict[str, ConvPart] | None, together: Together | None) -> list[list[ConvPart]]:
+    """What is convolved together, in the order of the weight's channels: parts side by side, and each other by itself."""
+    runs = [] if together is None else [together.parts]
+    taken = [part for run in runs for part in run]
+    runs += [[part] for part in (parts or {}).values() if part not in taken]
+    return sorted(
+        (sorted(run, key=lambda part: part.first_channel) for run in runs), key=lambda run: run[0].first_channel
+    )
 
 
 def normed_by_conv(parts: dict[str, ConvPart] | None) -> bool:
@@ -106,8 +152,10 @@ def normed_by_conv(parts: dict[str, ConvPart] | None) -> bool:
 
 
 def gates_are_declared(rule: UpdateRule, normalized: bool) -> bool:
-    """Whether the rule's tokens are q, k, v and its `gate_forms`, each of a plain projection of a number a head."""
-    for method in ("gates", "_gated", "normalized_tokens" if normalized else "tokens"):
+    """Whether the rule's tokens are q, k, v and its `gate_forms`, each of a plain projection of a number a head, and its
+    output what the recurrence reads.
+    """
+    for method in ("gates", "_gated", "output", "normalized_tokens" if normalized else "tokens"):
         if getattr(type(rule), method) is not getattr(UpdateRule, method):
             return False
     declared = rule.projections()
@@ -124,18 +172,16 @@ def gates_are_declared(rule: UpdateRule, normalized: bool) -> bool:
 def gates_of(
     rule: UpdateRule, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The log decay and the strength `[1, R, H]` of raw projections `[1, R, H]`, where `gates_are_declared`."""
+    """The log decay and the strength `[R, H]` of raw projections `[R, H]`, where `gates_are_declared`."""
     from linear_moe.kernels.gates_operator import Decay, Strength, make_gates
 
     decay, strength = rule.gate_forms()
     if decay is None and strength is None:
         return None, None
-    made = make_gates(
-        decay and Decay(raw[decay.projection][0], parameters[decay.rate], parameters[decay.shift]),
-        strength and Strength(raw[strength.projection][0], strength.largest),
+    return make_gates(
+        decay and Decay(raw[decay.projection], parameters[decay.rate], parameters[decay.shift]),
+        strength and Strength(raw[strength.projection], strength.largest),
     )
-    log_decay, beta = (None if gate is None else gate[None] for gate in made)
-    return log_decay, beta
 
 
 def made_tokens(
@@ -172,8 +218,10 @@ class SlotConv:
         # One split: the gradient of a range of rows alone would be a copy into zeros.
         first = [run[0].first_channel for run in runs]
         widths = [sum(part.width for part in run) for run in runs]
-        self.weights = dict(zip(first, weight.split(widths), strict=True))
-        self.biases = {} if bias is None else dict(zip(first, bias.split(widths), strict=True))
+        self.weights, self.biases = (
+            {} if x is None else dict(zip(first, x.split(widths) if len(runs) > 1 else (x,), strict=True))
+            for x in (weight, bias)
+        )
         self.place = None if plan.identity else plan.place.view(-1, fan_out)
         self.state = None if state is None else state.transpose(0, 1).flatten(0, 1)
         self._carried: dict[int, Tensor] = {}
@@ -199,20 +247,32 @@ class SlotConv:
             self._carried[part.first_channel] = carried
         return mixed
 
-    def of_columns(self, parts: list[ConvPart], x: Tensor) -> tuple[Tensor, ...]:
-        """The first columns of a projection `[R, *]`, and the rest as it is. Only without carried inputs."""
-        from linear_moe.kernels.slot_conv_columns import column_convs
+    def of_all(
+        self, together: Together, slots: Tensor, tokens: Tensor | None, gates: GateColumns | None,
+        rate: Tensor | None, shift: Tensor | None,
+    ) -> Mixed:  # fmt: skip
+        """What is made together of the memories' projection `[R, *]` and the tokens' one `[S, *]`, where nothing is carried."""
+        from linear_moe.kernels.slot_convs_operator import Part, slot_convs
 
         assert self.state is None
-        return column_convs(
-            x,
-            self.weights[parts[0].first_channel],
-            self.biases.get(parts[0].first_channel),
+        first = min(part.first_channel for part in together.parts)
+        *parts, last = (
+            Part(part.width, part.first_channel - first, part.activation, part.norm_heads) for part in together.parts
+        )
+        return slot_convs(
+            slots,
+            parts if together.by_token else [*parts, last],
+            self.weights[first],
+            self.biases.get(first),
             self.plan.cu_seqlens,
-            [part.width for part in parts],
-            [part.norm_heads for part in parts],
-            activation=parts[0].activation,
+            tokens=tokens,
+            token_part=last if together.by_token else None,
+            source=self.plan.source,
+            place=self.place,
             segment=self.plan.segment,
+            gates=gates,
+            rate=rate,
+            shift=shift,
         )
 
     def carried(self) -> Tensor | None:

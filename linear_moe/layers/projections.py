@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -60,8 +60,32 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
     return torch.where(inside, product, 0)
 
 
-class _RoutedLinear(torch.autograd.Function):
-    """The tokens come out twice more: what their other uses send back is added where the slots' gradients are summed.
+class Routes(NamedTuple):
+    """Where slots find their tokens, where every slot belongs to a group."""
+
+    ends: Tensor
+    """`[G]` int32 where each group's slots end."""
+    source: Tensor
+    """`[R]` the token of each slot, sorted by group."""
+    place: Tensor
+    """`[S, F]` the inverse: the slots of each token, negative for none."""
+    shared: bool = False
+    """Whether it is known that the last group has every token, in order, and as the last of its slots."""
+
+
+class Products(NamedTuple):
+    """A call's tokens times the matrices that it has for them; None without the matrix."""
+
+    slots: Tensor | None
+    """`[R, O]`"""
+    tokens: Tensor | None
+    """`[S, O]`"""
+    gate: Tensor | None
+    """`[S, O]`"""
+
+
+class _Project(torch.autograd.Function):
+    """All products of the same tokens: the tokens' gradients are added up where they are made, not in passes of their own.
 
     The gathered rows, as large as k and v together, are not kept: a kernel reads them through the index, and torch's products
     of the backward pass gather them again.
@@ -69,46 +93,64 @@ class _RoutedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor, shared: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, tokens: Tensor, of_slots: Tensor | None, of_tokens: Tensor | None, of_gate: Tensor | None,
+        ends: Tensor | None, source: Tensor | None, place: Tensor | None, shared: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         from linear_moe.kernels.mixing import routed_product
 
-        ctx.save_for_backward(tokens, weight, ends, source, place)
+        ctx.save_for_backward(tokens, of_slots, of_tokens, of_gate, ends, source, place)
         ctx.shared = shared
         ctx.set_materialize_grads(False)
-        # The interpreter multiplies no tiles of 16 bits.
-        if tokens.is_cuda or tokens.dtype == torch.float32:
-            product = routed_product(tokens, source, weight, ends)
-        else:
-            product = F.grouped_mm(tokens.index_select(0, source), weight.mT, offs=ends)
-        again, once_more = tokens.view_as(tokens), tokens.view_as(tokens)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(again, once_more)
-        return product, again, once_more
+        slots = None
+        if of_slots is not None and source is None:
+            slots = F.linear(tokens, of_slots.squeeze(0))
+        elif of_slots is not None and source is not None:
+            # The interpreter multiplies no tiles of 16 bits.
+            if tokens.is_cuda or tokens.dtype == torch.float32:
+                slots = routed_product(tokens, source, of_slots, ends)
+            else:
+                slots = F.grouped_mm(tokens.index_select(0, source), of_slots.mT, offs=ends)
+        return slots, *(None if weight is None else F.linear(tokens, weight) for weight in (of_tokens, of_gate))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *of_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_slots: Tensor | None, d_made: Tensor | None, d_gate: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         from linear_moe.kernels.mixing import sum_slots
 
-        tokens, weight, ends, source, place = ctx.saved_tensors
-        if gradient is None:
-            gradient = tokens.new_zeros(source.shape[0], weight.shape[1])
-        if not _rows_are_aligned(gradient):
-            gradient = gradient.contiguous()
-        wants_tokens, wants_weight, *_ = ctx.needs_input_grad
-        of_tokens = of_weight = None
-        addends = [each.contiguous() for each in of_others if each is not None]
-        if wants_weight:
-            of_weight = F.grouped_mm(gradient.mT, tokens.index_select(0, source), offs=ends)
-        if wants_tokens:
-            if ctx.shared:
-                # The product of the group of all tokens is dense, and its rows are the tokens'.
-                gradient, of_all = gradient.split([source.shape[0] - tokens.shape[0], tokens.shape[0]])
-                addends.append(of_all @ weight[-1])
-                weight, ends, place = weight[:-1], ends[:-1], place[:, :-1]
-            of_tokens = sum_slots(F.grouped_mm(gradient, weight, offs=ends), place, addends)
-        return of_tokens, of_weight, None, None, None, None
+        tokens, of_slots, of_tokens, of_gate, ends, source, place = ctx.saved_tensors
+        wants_tokens, wants_slots, *wants_others = ctx.needs_input_grad[:4]
+        d_tokens = None
+        if d_slots is not None and not _rows_are_aligned(d_slots):
+            d_slots = d_slots.contiguous()
+
+        def add(gradient: Tensor, weight: Tensor) -> Tensor:
+            return gradient @ weight if d_tokens is None else d_tokens.addmm_(gradient, weight)
+
+        d_others: list[Tensor | None] = [None, None]
+        for n, (gradient, weight) in enumerate(((d_made, of_tokens), (d_gate, of_gate))):
+            if gradient is not None:
+                d_others[n] = gradient.mT @ tokens if wants_others[n] else None
+                d_tokens = add(gradient, weight) if wants_tokens else None
+        d_weight = None
+        if d_slots is None:
+            pass
+        elif source is None:
+            d_weight = (d_slots.mT @ tokens)[None] if wants_slots else None
+            d_tokens = add(d_slots, of_slots.squeeze(0)) if wants_tokens else None
+        else:
+            if wants_slots:
+                d_weight = F.grouped_mm(d_slots.mT, tokens.index_select(0, source), offs=ends)
+            if wants_tokens:
+                if ctx.shared:
+                    # The product of the group of all tokens is dense, and its rows are the tokens'.
+                    d_slots, of_all = d_slots.split([source.shape[0] - tokens.shape[0], tokens.shape[0]])
+                    d_tokens = add(of_all, of_slots[-1])
+                    of_slots, ends, place = of_slots[:-1], ends[:-1], place[:, :-1]
+                added = [] if d_tokens is None else [d_tokens]
+                d_tokens = sum_slots(F.grouped_mm(d_slots, of_slots, offs=ends), place, added)
+        return d_tokens, d_weight, *d_others, None, None, None, None
 
 
 def _rows_are_aligned(x: Tensor) -> bool:
@@ -116,33 +158,34 @@ def _rows_are_aligned(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
 
 
-def routed_linear(
-    tokens: Tensor, weight: Tensor, ends: Tensor, source: Tensor, place: Tensor, *, shared: bool = False
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`grouped_linear` of the tokens that slots are routed to, where every slot belongs to a group.
+def routes_are_taken(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether `project` takes slots that are routed, of `tokens` `[S, I]` and `weight` `[G, O, I]`."""
+    dtype = autocast_dtype(tokens)
+    return _grouped_mm_takes(tokens.to(dtype), weight.to(dtype))
+
+
+def project(
+    tokens: Tensor, of_slots: Tensor | None, of_tokens: Tensor | None, of_gate: Tensor | None, routes: Routes | None
+) -> Products:
+    """The products of a call's tokens, in the dtype that a matmul of them runs in.
 
     Args:
         tokens: `[S, I]`.
-        weight: `[G, O, I]`.
-        ends: `[G]` int32 where each group's slots end.
-        source: `[R]` the token of each slot, sorted by group.
-        place: `[S, F]` the inverse: the slots of each token.
-        shared: whether it is known that the last group has every token, in order, and as the last of its slots.
-
-    Returns:
-        `[R, O]`, and twice the tokens, for two other uses, in the dtype of the product: so the gradients of all are added up in
-        one pass. None where torch's grouped matmul does not take the case.
+        of_slots: `[G, O, I]` a matrix a group of slots, or None. `routes_are_taken`, or G = 1 and no routes.
+        of_tokens: `[O, I]` one for every token, or None.
+        of_gate: likewise.
+        routes: None where slot s is token s.
     """
     dtype = autocast_dtype(tokens)
-    tokens, weight = tokens.to(dtype), weight.to(dtype)
-    if not _grouped_mm_takes(tokens, weight):
-        return None
-    # With no other group there is nothing to route.
-    shared = shared and weight.shape[0] > 1
-    made: tuple[Tensor, Tensor, Tensor] = _RoutedLinear.apply(
-        tokens.contiguous(), weight.contiguous(), ends, source, place, shared
-    )
-    return made
+    weights = (None if weight is None else weight.to(dtype).contiguous() for weight in (of_slots, of_tokens, of_gate))
+    ends = source = place = None
+    shared = False
+    if routes is not None and of_slots is not None:
+        ends, source, place, shared = routes
+        # With no other group there is nothing to route.
+        shared = shared and of_slots.shape[0] > 1
+    made = _Project.apply(tokens.to(dtype).contiguous(), *weights, ends, source, place, shared)
+    return Products(*made)
 
 
 def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
@@ -154,3 +197,13 @@ def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
     wide = not x.is_cuda and not torch.compiler.is_compiling()
     dtypes = (torch.float32, torch.bfloat16) if wide else (torch.bfloat16,)
     return aligned and x.dtype in dtypes and x.device.type in ("cpu", "cuda")
+
+
+def plain_linear(module: nn.Module | None) -> nn.Linear | None:
+    """A module that is its weight and nothing else, or None: adapters and hooks want to be called, and what has put a `forward`
+    of its own into a module may keep the weight elsewhere until then.
+    """
+    if type(module) is not nn.Linear or getattr(module, "bias", None) is not None or "forward" in vars(module):
+        return None
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return None if any(hooks) else module

@@ -27,21 +27,29 @@ from linear_moe.layers.kernel_steps import (
     gates_are_declared,
     gates_of,
     kernels_run,
-    leading_parts,
+    made_together,
     made_tokens,
     normed_by_conv,
     plan_of,
 )
 from linear_moe.layers.norms import GatedRMSNorm
-from linear_moe.layers.projections import grouped_linear, routed_linear, xavier_init_
+from linear_moe.layers.projections import (
+    Routes,
+    grouped_linear,
+    plain_linear,
+    project,
+    routes_are_taken,
+    xavier_init_,
+)
 from linear_moe.layers.routing import SlotPlan, slots_of_batch, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
 from linear_moe.layers.slots import gather_tokens, scatter_slots
 from linear_moe.layers.state import MemoryState
-from linear_moe.rules.base import Projection, RuleDims, UpdateRule, upcast
+from linear_moe.rules.base import Projection, RuleDims, RuleOutput, Tokens, UpdateRule, upcast
 from linear_moe.rules.registry import get_rule
-from linear_moe.rules.scan import IMPLS, scan
+from linear_moe.rules.scan import IMPLS, check_form, scan_segments, without_batch
+from linear_moe.rules.segments import Segments, segments_of
 from linear_moe.rules.validate import check_count
 
 CONV_SCOPES = ("memory", "sequence")
@@ -59,6 +67,18 @@ class Assignment(NamedTuple):
     """`[S, D]` the same tokens, for what comes after."""
     shared: bool = False
     """Whether the last memory is the last of every token's."""
+
+
+class Projected(NamedTuple):
+    """What the tokens' slots are projected and convolved to."""
+
+    raw: dict[str, Tensor]
+    """`[R, width]` by name, without those that gates were made of."""
+    gates: tuple[Tensor | None, Tensor | None] | None
+    """The log decay and the strength `[R, H]`, if they are made."""
+    conv_state: Tensor | None
+    gate: Tensor | None
+    """`[S, H * V]` the output's, if it is made."""
 
 
 class RecurrentMixer(nn.Module, ABC):
@@ -154,8 +174,14 @@ class RecurrentMixer(nn.Module, ABC):
         """What the kernel of the convolution makes of each projection, or None where PyTorch does."""
         self.conv_norms = normed_by_conv(self.conv_parts)
         self.kernel_gates = gates_are_declared(self.rule, normalized=True)
-        self.leading_parts = leading_parts(self.conv_parts, self.memory_projections)
-        self.conv_runs = conv_runs(self.conv_parts, self.leading_parts)
+        self.together = made_together(
+            self.conv_parts,
+            self.memory_projections,
+            self.token_projections,
+            self.rule.gate_forms() if self.kernel_gates and self.conv_norms else None,
+            dims.num_value_heads,
+        )
+        self.conv_runs = conv_runs(self.conv_parts, self.together)
 
         self.gate_parameters = GateParameters(self.rule.parameters(), num_states, **factory)
         value_width = dims.num_value_heads * dims.head_value_dim
@@ -280,8 +306,9 @@ class RecurrentMixer(nn.Module, ABC):
             plan = sort_slots(groups.flatten(), num_segments)
 
         cu_memories = plan.cu_seqlens[::num_sequences]
+        normalized, gates, gate = False, None, None
         if kernels and self.conv_parts is not None:
-            raw, conv_state, tokens = self._project_and_convolve(
+            raw, gates, conv_state, gate = self._project_and_convolve(
                 tokens, plan, cu_memories, fan_out, conv_state, covered, covered and assignment.shared
             )
             normalized = self.conv_norms
@@ -290,45 +317,39 @@ class RecurrentMixer(nn.Module, ABC):
             if self.convolved:
                 raw, conv_state = self._convolve(raw, plan, conv_state)
             raw = {name: activate(value, self.activations[name]) for name, value in raw.items()}
-            normalized = False
-        raw = {name: value[None] for name, value in raw.items()}
         parameters = self.gate_parameters.of_slots(lambda: self._memory_of_slots(plan, cu_memories)[None])
+        segments = segments_of(1, plan.order.shape[0], plan.cu_seqlens, sequences.max_length, x.device)
         if normalized and self.kernel_gates:
-            rule_tokens = made_tokens(self.rule, raw, *gates_of(self.rule, raw, parameters))
-        elif normalized:
-            rule_tokens = self.rule.normalized_tokens(raw, parameters)
+            rule_tokens = made_tokens(self.rule, raw, *(gates or gates_of(self.rule, raw, parameters)))
+            reads, final_state = self._scan(rule_tokens, segments, state, num_sequences, covered)
         else:
-            positions = sequences.position
-            if state is not None:
-                positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
-            slot_positions = positions if plan.identity else positions[plan.order // fan_out]
-            rule_tokens = self.rule.tokens(raw, parameters, slot_positions[None])
-        result = scan(
-            rule_tokens,
-            form=self.rule.form,
-            step=self.rule.step,
-            scale=self.rule.scale,
-            state_shape=self.rule.state_shape(),
-            initial_state=self._initial_state(state, num_sequences),
-            cu_seqlens=plan.cu_seqlens,
-            max_length=sequences.max_length,
-            covered=covered,
-            return_final_state=state is not None,
-            impl=self.impl,
-        )
-        # Not by an index: the gradient of one is a copy into zeros.
-        reads = self.rule.output(result.output, rule_tokens, parameters).squeeze(0)
+            raw = {name: value[None] for name, value in raw.items()}
+            if normalized:
+                rule_tokens = self.rule.normalized_tokens(raw, parameters)
+            else:
+                positions = sequences.position
+                if state is not None:
+                    positions = positions + state.tokens_seen[sequences.index.clamp_max(num_sequences - 1)]
+                slot_positions = positions if plan.identity else positions[plan.order // fan_out]
+                rule_tokens = self.rule.tokens(raw, parameters, slot_positions[None])
+            if self.rule.form is not None:
+                check_form(self.rule.form, rule_tokens)
+            reads, final_state = self._scan(without_batch(rule_tokens), segments, state, num_sequences, covered)
+            # Not by an index: the gradient of one is a copy into zeros.
+            reads = self.rule.output(reads[None], rule_tokens, parameters).squeeze(0)
         if kernels and self.kernel_combines:
+            assert self.gate_proj is not None
+            gate = self.gate_proj(tokens) if gate is None else gate
             output = self._combine_by_kernel(
-                tokens, reads, plan, assignment.weights, None if covered else sequences.valid
+                gate, reads, plan, assignment.weights, None if covered else sequences.valid
             )
         else:
             output = self._combine(tokens, upcast(scatter_slots(reads, plan, fan_out)), assignment.weights)
         if padding_mask is not None:
             output = torch.where(sequences.valid[:, None], output, 0)
         if state is not None:
-            assert result.final_state is not None
-            memory = result.final_state.unflatten(0, (self.num_states, num_sequences)).transpose(0, 1)
+            assert final_state is not None
+            memory = final_state.unflatten(0, (self.num_states, num_sequences)).transpose(0, 1)
             state.update(memory, conv_state, sequences.lengths)
         output = output.to(x.dtype).unflatten(0, x.shape[:2])
         return output if loss is None else self._attach(output, loss)
@@ -393,61 +414,81 @@ class RecurrentMixer(nn.Module, ABC):
         conv_state: Tensor | None,
         covered: bool,
         shared: bool,
-    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+    ) -> Projected:
         """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
         a token and read through the plan.
-
-        The third result is the tokens for the output's gate.
         """
         assert self.conv_parts is not None and self.conv_weight is not None
-        # The first columns are convolved together where there is nothing to carry: their gradient is then one tensor.
-        if conv_state is None:
-            leading, runs = self.leading_parts, self.conv_runs
-        else:
-            leading, runs = [], conv_runs(self.conv_parts, [])
+        together = self.together if conv_state is None else None
+        runs = self.conv_runs if conv_state is None else conv_runs(self.conv_parts, None)
         conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states, runs)
         raw: dict[str, Tensor] = {}
-        for_gate = tokens
-        if self.memory_weight is not None:
-            widths = [_first_width(spec) for spec in self.memory_projections.values()]
-            projected = None
-            if conv.place is not None:
-                assert plan.source is not None and plan.ends is not None
-                place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
-                routed = routed_linear(tokens, self.memory_weight, plan.ends, plan.source, place, shared=shared)
-                if routed is not None:
-                    projected, tokens, for_gate = routed
-            # What it leaves in rows of no memory is anything: the convolution reads none of them.
-            loose = projected is not None and not covered
-            if projected is None:
-                gathered = gather_tokens(tokens, plan, fan_out, kernel=True)
-                projected = self._memory_linear(gathered, self.memory_weight, cu_memories, covered)
-            if leading:
-                *mixed, projected = conv.of_columns(leading, projected)
-                raw |= dict(zip([part.name for part in leading], mixed, strict=True))
-            names = list(self.memory_projections)[len(leading) :]
-            raw |= dict(zip(names, projected.split(widths[len(leading) :], -1), strict=True))
+        routes = None
+        if self.memory_weight is not None and conv.place is not None:
+            assert plan.source is not None and plan.ends is not None
+            place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
+            routes = Routes(plan.ends, plan.source, place, shared)
+        by_group = (
+            self.memory_weight is not None and routes is not None and not routes_are_taken(tokens, self.memory_weight)
+        )
+        gate_proj = plain_linear(self.gate_proj) if self.kernel_combines else None
+        made = project(
+            tokens,
+            None if by_group else self.memory_weight,
+            self.token_weight,
+            None if gate_proj is None else gate_proj.weight,
+            routes,
+        )
+        projected = made.slots
+        # What it leaves in rows of no memory is anything: the convolution reads none of them.
+        loose = projected is not None and routes is not None and not covered
+        if by_group:
+            assert self.memory_weight is not None
+            gathered = gather_tokens(tokens, plan, fan_out, kernel=True)
+            projected = self._memory_linear(gathered, self.memory_weight, cu_memories, covered)
+        names, token_names, gates = list(self.memory_projections), list(self.token_projections), None
+        if together is not None:
+            assert projected is not None
+            by_token = together.by_token is not None
+            # Of rows of no memory gates could be anything, too.
+            own_gates = None if loose else together.gates
+            rate, shift = (None, None) if own_gates is None else self._decay_parameters()
+            mixed = conv.of_all(together, projected, made.tokens if by_token else None, own_gates, rate, shift)
+            raw |= dict(zip((part.name for part in together.parts), mixed.parts, strict=True))
+            names = names[len(together.by_slot) :] if own_gates is None else []
+            token_names = [] if by_token else token_names
+            projected, gates = mixed.rest, None if own_gates is None else (mixed.log_decay, mixed.beta)
+        if projected is not None:
+            widths = [_first_width(self.memory_projections[name]) for name in names]
+            raw |= dict(zip(names, projected.split(widths, -1), strict=True))
             for name in names:
                 if self._convolves(name):
                     raw[name] = conv.of(self.conv_parts[name], raw[name], by_token=False)
                 elif loose:
                     slots = torch.arange(plan.order.shape[0], device=tokens.device)
                     raw[name] = torch.where((slots < plan.cu_seqlens[-1])[:, None], raw[name], 0)
-        if self.token_weight is not None:
+        if token_names:
+            assert made.tokens is not None
             widths = [_first_width(spec) for spec in self.token_projections.values()]
-            made = F.linear(tokens, self.token_weight)
             # Of a split into one part the gradient would be a copy.
-            columns = made.split(widths, -1) if len(widths) > 1 else (made,)
-            for name, column in zip(self.token_projections, columns, strict=True):
+            columns = made.tokens.split(widths, -1) if len(widths) > 1 else (made.tokens,)
+            for name, column in zip(token_names, columns, strict=True):
                 if self._convolves(name):
                     raw[name] = conv.of(self.conv_parts[name], column, by_token=True)
                 else:
                     raw[name] = gather_tokens(column, plan, fan_out, kernel=True)
-        for name in self._names():
+        for name in raw:
             if not self._convolves(name):
                 value = self._finish(name, raw[name], plan, cu_memories, covered)
                 raw[name] = activate(value, self.activations[name])
-        return raw, conv.carried(), for_gate
+        return Projected(raw, gates, conv.carried(), made.gate)
+
+    def _decay_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """The rate and the shift of a declared log decay."""
+        decay = self.rule.gate_forms().log_decay
+        if decay is None:
+            return None, None
+        return self.gate_parameters.get_parameter(decay.rate), self.gate_parameters.get_parameter(decay.shift)
 
     def _convolves(self, name: str) -> bool:
         return name in self.convolved
@@ -463,6 +504,23 @@ class RecurrentMixer(nn.Module, ABC):
         parts = mixed.split([raw[name].shape[-1] for name in self.convolved], -1)
         carried = carried.unflatten(0, (self.num_states, -1)).transpose(0, 1)
         return raw | dict(zip(self.convolved, parts, strict=True)), carried
+
+    def _scan(
+        self, tokens: Tokens, segments: Segments, state: MemoryState | None, num_sequences: int, covered: bool
+    ) -> RuleOutput:
+        """The rule's recurrence along tokens `[R, H, *]`."""
+        return scan_segments(
+            tokens,
+            segments,
+            form=self.rule.form,
+            step=self.rule.step,
+            scale=self.rule.scale,
+            state_shape=self.rule.state_shape(),
+            initial_state=self._initial_state(state, num_sequences),
+            covered=covered,
+            return_final_state=state is not None,
+            impl=self.impl,
+        )
 
     def _initial_state(self, state: MemoryState | None, num_sequences: int) -> Tensor | None:
         """`[N, H, K, V]`, segment n = m * B + b."""
@@ -481,12 +539,10 @@ class RecurrentMixer(nn.Module, ABC):
         return output
 
     def _combine_by_kernel(
-        self, tokens: Tensor, reads: Tensor, plan: SlotPlan, weights: Tensor | None, valid: Tensor | None
+        self, gate: Tensor, reads: Tensor, plan: SlotPlan, weights: Tensor | None, valid: Tensor | None
     ) -> Tensor:
         from linear_moe.kernels.mixing import combine_reads
 
-        assert self.gate_proj is not None
-        gate = self.gate_proj(tokens)
         mixed = combine_reads(reads, plan.place, weights, gate, self.norm.weight, eps=self.norm.eps, valid=valid)
         output: Tensor = self.out_proj(mixed)
         return output

@@ -70,12 +70,41 @@ def scan(
     Raises:
         ValueError: if shapes disagree or `impl` can't run here.
     """
-    batch, length, heads, value_dim = tokens.v.shape
+    batch, length = tokens.v.shape[:2]
     if form is not None:
-        _check_form(form, tokens)
+        check_form(form, tokens)
+    output, final_state = scan_segments(
+        without_batch(tokens),
+        segments_of(batch, length, cu_seqlens, max_length, tokens.q.device),
+        form=form,
+        step=step,
+        scale=scale,
+        state_shape=state_shape,
+        initial_state=initial_state,
+        covered=covered,
+        return_final_state=return_final_state,
+        impl=impl,
+    )
+    return RuleOutput(output.unflatten(0, (batch, length)), final_state)
+
+
+def scan_segments(
+    tokens: Tokens,
+    segments: Segments,
+    *,
+    form: Recurrence | None,
+    step: Step,
+    scale: float,
+    state_shape: tuple[int, int] | None = None,
+    initial_state: Tensor | None = None,
+    covered: bool = False,
+    return_final_state: bool = False,
+    impl: str = "auto",
+) -> RuleOutput:
+    """`scan` of the tokens `[S, H, *]` of segments, whose gates are those of the form. The output is `[S, H, V]`."""
+    heads, value_dim = tokens.v.shape[1:]
     impl = choose_impl(form, impl, tokens)
     dtype = torch.float64 if tokens.v.dtype == torch.float64 else torch.float32
-    segments = segments_of(batch, length, cu_seqlens, max_length, tokens.q.device)
     shape = (segments.count, heads, *(state_shape or (tokens.k.shape[-1], value_dim)))
     if initial_state is not None:
         check_shape("initial_state", initial_state, shape, "[N, H, K, V]")
@@ -96,14 +125,26 @@ def scan(
                 form, tokens, segments, initial_state, scale, segments.dense or covered, return_final_state
             )
         else:
-            flat = _flatten(tokens, dtype)
+            wide = _widened(tokens, dtype)
             if impl == "chunked":
                 assert form is not None
-                output, final_state = chunked(form, flat, segments, start(), scale)
+                output, final_state = chunked(form, wide, segments, start(), scale)
             else:
-                output, final_state = recurrent(step, flat._replace(q=flat.q * scale), segments, start())
-    output = output.to(tokens.v.dtype).unflatten(0, (batch, length))
-    return RuleOutput(output, final_state if return_final_state else None)
+                output, final_state = recurrent(step, wide._replace(q=wide.q * scale), segments, start())
+    return RuleOutput(output.to(tokens.v.dtype), final_state if return_final_state else None)
+
+
+def without_batch(tokens: Tokens) -> Tokens:
+    """`[B, T, H, *]` to `[B * T, H, *]`."""
+    q, k, v = (x.flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
+    decay, beta = tokens.log_decay, tokens.beta
+    return Tokens(
+        q, k, v,
+        # One a head stays.
+        decay if decay is None or decay.dim() == 1 else decay.flatten(0, 1),
+        None if beta is None else beta.flatten(0, 1),
+        {name: x.flatten(0, 1) for name, x in tokens.extras.items()},
+    )  # fmt: skip
 
 
 def run_op(
@@ -206,14 +247,13 @@ def _run_kernel(
     from linear_moe.kernels import library
 
     # q and k stay 16-bit beside a wider v (linear attention's normaliser): the kernels take one dtype.
-    q, k, v = (x.to(tokens.v.dtype).flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
-    log_decay = tokens.log_decay
+    q, k = (x.to(tokens.v.dtype) for x in (tokens.q, tokens.k))
     return library.scan(
         q,
         k,
-        v,
-        log_decay if log_decay is None or log_decay.dim() == 1 else log_decay.flatten(0, 1),
-        None if tokens.beta is None else tokens.beta.flatten(0, 1),
+        tokens.v,
+        tokens.log_decay,
+        tokens.beta,
         decay=form.decay,
         scale=scale,
         initial_state=state,
@@ -232,7 +272,7 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 def _nothing(tokens: Tokens) -> Tensor:
     """The output without a token to scan, still in the graph: what made the tokens gets gradients of 0, not None."""
     made = [x for x in (tokens.q, tokens.k, tokens.log_decay, tokens.beta) if x is not None and x.numel() == 0]
-    return torch.zeros_like(tokens.v).flatten(0, 1) + sum(x.sum() for x in (tokens.v[:0], *made))
+    return torch.zeros_like(tokens.v) + sum(x.sum() for x in (tokens.v[:0], *made))
 
 
 def _say_once(message: str) -> None:
@@ -241,7 +281,7 @@ def _say_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _check_form(form: Recurrence, tokens: Tokens) -> None:
+def check_form(form: Recurrence, tokens: Tokens) -> None:
     """The gates a form declares are there, with their shapes, and no others."""
     batch, length, heads = tokens.v.shape[:3]
     key_dim = tokens.k.shape[-1]
@@ -261,10 +301,10 @@ def _check_form(form: Recurrence, tokens: Tokens) -> None:
         raise ValueError(f"the form ({form}) {verb} beta, got {'one' if tokens.beta is not None else 'none'}")
 
 
-def _flatten(tokens: Tokens, dtype: torch.dtype) -> Tokens:
-    """B and T in one, everything in `dtype`, key heads repeated to the value heads, decays `[S, H, 1 or K]`."""
-    batch, length, heads = tokens.v.shape[:3]
-    q, k, v = (x.to(dtype).flatten(0, 1) for x in (tokens.q, tokens.k, tokens.v))
+def _widened(tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """Everything in `dtype`, key heads repeated to the value heads, decays `[S, H, 1 or K]`."""
+    num_tokens, heads = tokens.v.shape[:2]
+    q, k, v = (x.to(dtype) for x in (tokens.q, tokens.k, tokens.v))
     shared_by = heads // q.shape[1]
     if shared_by > 1:
         q, k = q.repeat_interleave(shared_by, 1), k.repeat_interleave(shared_by, 1)
@@ -272,8 +312,7 @@ def _flatten(tokens: Tokens, dtype: torch.dtype) -> Tokens:
     if decay is not None:
         decay = decay.to(dtype)
         if decay.dim() == 1:
-            decay = decay.expand(batch, length, heads)
-        decay = (decay[..., None] if decay.dim() == 3 else decay).flatten(0, 1)
-    beta = None if tokens.beta is None else tokens.beta.to(dtype).flatten(0, 1)
-    extras = {name: x.to(dtype).flatten(0, 1) for name, x in tokens.extras.items()}
-    return Tokens(q, k, v, decay, beta, extras)
+            decay = decay.expand(num_tokens, heads)
+        decay = decay[..., None] if decay.dim() == 2 else decay
+    beta = None if tokens.beta is None else tokens.beta.to(dtype)
+    return Tokens(q, k, v, decay, beta, {name: x.to(dtype) for name, x in tokens.extras.items()})

@@ -83,12 +83,14 @@ def seed(kernels: ModuleType, bug: Bug | None, folder: Path) -> ModuleType:
 
 
 def seed_operator(kernels: ModuleType, bug: Mapping[str, str], folder: Path) -> ModuleType:
-    """A copy of a module of kernels and their one operator, which gets a name of its own, with texts replaced."""
+    """A copy of a module with an operator, and maybe its backward pass's, under a name of their own, with texts replaced."""
 
     def change(source: str) -> str:
-        (name,) = re.findall(r"operator\(\"(\w+)\"", source)
-        own = f"seeded_{name}_{next(_numbers)}"
-        for right, wrong in {f'"{name}"': f'"{own}"', f"linear_moe::{name}": f"linear_moe::{own}", **bug}.items():
+        name, *others = re.findall(r"operator\(\"(\w+)\"", source)
+        assert others in ([], [f"{name}_backward"])
+        own = f"seeded_{next(_numbers)}_{name}"
+        source = source.replace(f'"{name}', f'"{own}').replace(f"linear_moe::{name}", f"linear_moe::{own}")
+        for right, wrong in bug.items():
             assert source.count(right) == 1, right
             source = source.replace(right, wrong)
         return source

@@ -18,7 +18,7 @@ from torch import Tensor
 from linear_moe.kernels import mixing, routed_product
 from linear_moe.kernels.launch_tables import trying
 from linear_moe.kernels.routed_product import TABLE, Launch
-from linear_moe.layers.projections import routed_linear
+from linear_moe.layers.projections import Routes, project
 from linear_moe.testing.budget import assert_within_budget
 
 Inputs = Mapping[str, Tensor]
@@ -136,29 +136,27 @@ def test_what_torch_asks_of_an_operator() -> None:
     DEVICE == "cuda", reason="torch's grouped product on a GPU takes no float32; the layers' tests have bfloat16"
 )
 def test_the_layers_gradients_are_those_of_the_definition() -> None:
-    """With what the tokens' other uses send back."""
+    """With what the tokens' other products send back."""
     lengths, tokens, fan_out = (12, 0, 28), 20, 2
     inputs = draw(lengths, tokens=tokens)
     slots = torch.randperm(tokens * fan_out, device=DEVICE)
     inputs["source"] = slots // fan_out
     place = torch.empty_like(slots)
     place[slots] = torch.arange(len(slots), device=DEVICE)
-    d_product, other = torch.randn(len(slots), 40, device=DEVICE), torch.randn(tokens, 24, device=DEVICE)
+    inputs |= {name: torch.randn(16, 24, device=DEVICE) for name in ("of_tokens", "of_gate")}
+    seeds = [torch.randn(len(slots), 40, device=DEVICE), *(torch.randn(tokens, 16, device=DEVICE) for _ in range(2))]
+    names = ["x", "weight", "of_tokens", "of_gate"]
 
-    def by_layer(x: Tensor, weight: Tensor) -> Tensor:
-        made = routed_linear(x, weight, inputs["ends"], inputs["source"], place.view(tokens, fan_out))
-        assert made is not None
-        product, again, once_more = made
-        return (product * d_product).sum() + (again * once_more * other).sum()
+    def by_layer(x: Tensor, *weights: Tensor) -> list[Tensor | None]:
+        return list(project(x, *weights, Routes(inputs["ends"], inputs["source"], place.view(tokens, fan_out))))
 
-    def by_definition(x: Tensor, weight: Tensor) -> Tensor:
-        cotangents = d_product.to(x.dtype), other.to(x.dtype)
-        made = definition({**inputs, "x": x, "weight": weight})
-        return (made * cotangents[0]).sum() + (x.square() * cotangents[1]).sum()
+    def by_definition(x: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor | None]:
+        return [definition({**inputs, "x": x, "weight": weight}), *(x @ other.T for other in others)]
 
-    def gradients(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        learned = [inputs[name].to(dtype).requires_grad_() for name in ("x", "weight")]
-        return dict(zip(("d_x", "d_weight"), torch.autograd.grad(function(*learned), learned), strict=True))
+    def gradients(function: Callable[..., list[Tensor | None]], dtype: torch.dtype) -> dict[str, Tensor]:
+        learned = [inputs[name].to(dtype).requires_grad_() for name in names]
+        found = torch.autograd.grad(function(*learned), learned, [each.to(dtype) for each in seeds])
+        return {f"d_{name}": x for name, x in zip(names, found, strict=True)}
 
     assert_within_budget(
         gradients(by_layer, torch.float32),
@@ -181,11 +179,8 @@ def test_a_group_of_all_tokens_is_like_any_other(shared: bool) -> None:
     place = torch.cat((place[: 2 * tokens].view(tokens, 2), place[2 * tokens :, None]), 1)
     x, weight = (inputs[name].requires_grad_() for name in ("x", "weight"))
     d_product = torch.randn(len(slots), 40)
-    made = routed_linear(x, weight, inputs["ends"], source, place, shared=shared)
-    assert made is not None
-    still = routed_linear(x.detach(), weight, inputs["ends"], source, place, shared=shared)
-    assert still is not None and [each.requires_grad for each in still] == [True, False, False]
-    found = torch.autograd.grad(made[0], (x, weight), d_product)
+    made = project(x, weight, None, None, Routes(inputs["ends"], source, place, shared))
+    found = torch.autograd.grad(made.slots, (x, weight), d_product)
     exact = [each.detach().double().requires_grad_() for each in (x, weight)]
     expected = definition({**inputs, "x": exact[0], "weight": exact[1], "source": source})
     for one, other in zip(found, torch.autograd.grad(expected, exact, d_product.double()), strict=True):

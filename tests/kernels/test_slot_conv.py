@@ -24,7 +24,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from linear_moe.kernels import slot_conv as kernels
 from linear_moe.kernels import slot_conv_operator as operator
 from linear_moe.kernels import slot_conv_state as carried_inputs
-from linear_moe.kernels.slot_conv_columns import column_convs
 from linear_moe.kernels.slot_conv_operator import segment_of_slots, slot_conv
 from linear_moe.layers.short_conv import activate, short_conv
 from linear_moe.rules.transforms import L2_EPS, l2_norm
@@ -444,62 +443,6 @@ def test_compiled_into_one_graph_it_is_the_same(case: Case) -> None:
     assert_same_bits(results(lambda case, tensors: compiled(dict(tensors)), case, inputs), expected)
 
 
-COLUMNS = replace(PLAIN, channels=20, head=None, apart=3)
-WIDTHS, HEADS = (8, 12), (4, None)
-
-
-def by_columns(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    return column_convs(x, weight, bias, case.cu_seqlens, WIDTHS, HEADS, activation="silu")
-
-
-def one_by_one(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Ranges of columns as so many convolutions."""
-    made, first = [], 0
-    for width, head in zip(WIDTHS, HEADS, strict=True):
-        part = slice(first, first := first + width)
-        own = None if bias is None else bias[part]
-        made.append(slot_conv(x[:, part], weight[part], own, case.cu_seqlens, activation="silu", norm_heads=head)[0])
-    return (*made, x[:, first:])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("unused", [None, 0, 2])
-def test_ranges_of_columns_are_convolved_as_one_by_one(unused: int | None, bias: bool) -> None:
-    """With one gradient for all of x, whichever outputs the loss sees."""
-    case = replace(COLUMNS, bias=bias)
-    inputs = draw(case)
-
-    def run(convs: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-        tensors = [inputs[name].clone().requires_grad_() for name in inputs]
-        made = convs(case, *tensors[:2], tensors[2] if bias else None)
-        loss = sum((n + 1) * output.sin().sum() for n, output in enumerate(made) if n != unused)
-        return [output.detach() for output in made] + list(torch.autograd.grad(loss, tensors))
-
-    for one, other in zip(run(by_columns), run(one_by_one), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_what_torch_asks_of_the_operator_of_columns() -> None:
-    inputs = {name: x.requires_grad_() for name, x in draw(COLUMNS).items()}
-    segment = segment_of_slots(COLUMNS.cu_seqlens, COLUMNS.num_slots)
-    given = (inputs["x"], inputs["weight"], None, COLUMNS.cu_seqlens, segment, list(WIDTHS), [4, 0], True)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.linear_moe.column_convs.default, given, test_utils=tests)
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"widths": (8, 20)}, r"x must be \[R, 28 or more\], as widths add up to, got shape \[27, 23\]"),
-    ({"widths": (0, 20)}, r"widths must be at least 1, got \[0, 20\]"),
-    ({"norm_heads": (4,)}, "norm_heads must have one for each of 2 widths, got 1"),
-    ({"norm_heads": (3, None)}, r"norm_heads must be divisors of \[8, 12\], at most 256, or None, got 3"),
-    ({"activation": "relu"}, "activation must be None"),
-])  # fmt: skip
-def test_bad_ranges_are_named(changes: dict[str, Any], message: str) -> None:
-    given = {**draw(COLUMNS), "bias": None, "cu_seqlens": COLUMNS.cu_seqlens, "widths": WIDTHS, "norm_heads": HEADS}
-    with pytest.raises(ValueError, match=message):
-        column_convs(**given | changes)
-
-
 BAD_INPUT: dict[str, tuple[Any, str]] = {
     "x": (lambda x: x[0], r"x must be \[S, C\], got shape \[8\]"),
     "x dtype": (lambda x: x.double(), "x must be of dtype float32, bfloat16, float16, got torch.float64"),
@@ -593,6 +536,14 @@ BUGS = {
     "taps of the gradient turned round": (
         PLAIN,
         Bug(kernels, "d_window[tap] + d * taps[tap]", "d_window[tap] + d * taps[LATE - 1 - tap]"),
+    ),
+    "the weight's gradient with its taps and channels changed over": (
+        PLAIN,
+        Bug(kernels, "d_weight_ptr + channel * WIDTH + tap", "d_weight_ptr + tap * CHANNELS + channel"),
+    ),
+    "the last run left out of the sums": (
+        PLAIN,
+        Bug(kernels, "summed_rows(sums_ptr, num_runs,", "summed_rows(sums_ptr, num_runs - 1,"),
     ),
     "the weight's gradient one row off": (PLAIN, Bug(kernels, "sums[tap] + d * window[tap]", "sums[tap] + d * x")),
     "the new state's gradient lost": (RAGGED, Bug(kernels, "(rows >= end - WIDTH)", "(rows >= end - WIDTH + 1)")),

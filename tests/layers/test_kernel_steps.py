@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
+from linear_moe.forms import GateForms, SigmoidStrength, SoftplusDecay
 from linear_moe.kernels import combine, decode_tokens, mixing, residual_norm, router, slot_conv
 from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer, routing
+from linear_moe.rules.base import Projection
 from linear_moe.testing.budget import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,3 +163,90 @@ def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer.router, "_in_torch", None)
     layer(tokens(1, 3))
     assert called == ["plan_of", "SlotConv"]
+
+
+class Adapted(nn.Module):
+    """A linear map with a second one of low rank beside it, as adapters put in its place."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.low = nn.Linear(base.in_features, base.out_features, bias=False).to(base.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.base(x), self.low(x))
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_module_in_the_place_of_the_gates_is_called(memory: bool) -> None:
+    """Its tokens' gradient is added to that of the other products."""
+
+    def adapted(dtype: torch.dtype, impl: str) -> nn.Module:
+        layer = build("gated_deltanet", dtype, impl=impl, memory=memory)
+        torch.manual_seed(1)
+        layer.gate_proj = Adapted(layer.gate_proj)
+        return layer
+
+    x = tokens(2, 7)
+    candidate = measured(adapted(torch.float32, "triton"), x)
+    reference, exact = (measured(adapted(dtype, "chunked"), x) for dtype in (torch.float32, torch.float64))
+    assert "gate_proj.low.weight" in candidate
+    largest = max(float(value.abs().max()) for value in exact.values())
+    terms = {name: torch.full((1,), largest, dtype=torch.float64) for name in exact}
+    assert_within_budget(candidate, reference, exact, torch.float32, terms)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_of_the_gates_projection_are_called(hook: str) -> None:
+    layer, calls = build("gated_deltanet", torch.float32, impl="triton"), []
+    getattr(layer.gate_proj, hook)(lambda *given: calls.append(len(given)))
+    layer(tokens(1, 5).requires_grad_()).sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("frozen", ["memory_weight", "token_weight", "gate_proj.weight", "conv_weight", "x"])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen: str) -> None:
+    def gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+        layer(x).square().sum().backward()
+        return {"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+    expected = gradients(build("gated_deltanet", torch.float32, impl="triton"), tokens(2, 7).requires_grad_())
+    layer, x = build("gated_deltanet", torch.float32, impl="triton"), tokens(2, 7).requires_grad_(frozen != "x")
+    if frozen != "x":
+        layer.get_parameter(frozen).requires_grad_(False)
+    for name, gradient in gradients(layer, x).items():
+        if name == frozen:
+            assert gradient is None
+        else:
+            assert gradient is not None and torch.equal(gradient, expected[name]), name
+
+
+def parts_of(*names: str) -> dict[str, kernel_steps.ConvPart]:
+    return {name: kernel_steps.ConvPart(name, 4 * n, 4, "silu", None) for n, name in enumerate(names)}
+
+
+def test_what_is_convolved_together() -> None:
+    """All of a weight's channels, or some that lie side by side; gates where they are all that is left."""
+    convolved, gate = Projection(4, conv=True), Projection(2)
+    forms = GateForms(SoftplusDecay("a", "rate", "shift"), SigmoidStrength("b", 2.0))
+    parts = parts_of("q", "k", "v")
+    slots = {"k": convolved, "v": convolved, "a": gate, "b": gate}
+
+    together = kernel_steps.made_together(parts, slots, {"q": convolved}, forms, 2)
+    assert together == ([parts["k"], parts["v"]], parts["q"], (8, 10, 2, 2.0))
+    assert kernel_steps.conv_runs(parts, together) == [[parts["q"], parts["k"], parts["v"]]]
+    # A column that is no gate's.
+    more = kernel_steps.made_together(parts, slots | {"c": gate}, {"q": convolved}, forms, 2)
+    assert more == ([parts["k"], parts["v"]], parts["q"], None)
+    # Something beside q is made once a token: the slots' parts are side by side in the weight.
+    apart = kernel_steps.made_together(parts, slots, {"q": convolved, "c": gate}, forms, 2)
+    assert apart == ([parts["k"], parts["v"]], None, (8, 10, 2, 2.0))
+    assert kernel_steps.conv_runs(parts, apart) == [[parts["q"]], [parts["k"], parts["v"]]]
+    # Here they are not.
+    between = parts_of("k", "q", "v")
+    torn = kernel_steps.made_together(between, slots, {"q": convolved, "c": gate}, forms, 2)
+    assert torn == ([between["k"]], None, None)
+    assert kernel_steps.conv_runs(between, torn) == [[between["k"]], [between["q"]], [between["v"]]]
+    # What comes first is not convolved.
+    assert kernel_steps.made_together(parts, {"a": gate, "k": convolved}, {}, forms, 2) is None
+    assert kernel_steps.made_together(None, slots, {}, forms, 2) is None

@@ -19,6 +19,7 @@ from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import short_conv
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.retnet import RetNet
+from linear_moe.rules.segments import Segments
 from linear_moe.testing.laws import Case, LawBroken
 from linear_moe.testing.layer_laws import LAYER_LAWS
 
@@ -64,15 +65,15 @@ def counts_from_positive_weights(patch: Patch) -> None:
 
 def _after_the_scan(patch: Patch, change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """`change(final_state, cu_seqlens)` of every scan."""
-    scan = recurrent_mixer.scan
+    scan = recurrent_mixer.scan_segments
 
-    def bug(tokens: Tokens, **options: Any) -> Any:
-        result = scan(tokens, **options)
+    def bug(tokens: Tokens, segments: Segments, **options: Any) -> Any:
+        result = scan(tokens, segments, **options)
         if result.final_state is None:
             return result
-        return result._replace(final_state=change(result.final_state, options["cu_seqlens"]))
+        return result._replace(final_state=change(result.final_state, segments.cu_seqlens))
 
-    patch.setattr(recurrent_mixer, "scan", bug)
+    patch.setattr(recurrent_mixer, "scan_segments", bug)
 
 
 def an_unpicked_memory_decays(patch: Patch) -> None:
@@ -86,17 +87,17 @@ def states_of_neighbours_are_swapped(patch: Patch) -> None:
 
 
 def decay_applied_after_the_write(patch: Patch) -> None:
-    scan = recurrent_mixer.scan
+    scan = recurrent_mixer.scan_segments
 
     def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
         assert token.log_decay is not None
         state = token.log_decay.exp()[..., None] * (state + token.k[..., :, None] * token.v[..., None, :])
         return state, (token.q[..., None, :] @ state).squeeze(-2)
 
-    def bug(tokens: Tokens, **options: Any) -> Any:
-        return scan(tokens, **options | {"step": step, "impl": "recurrent"})
+    def bug(tokens: Tokens, segments: Segments, **options: Any) -> Any:
+        return scan(tokens, segments, **options | {"step": step, "impl": "recurrent"})
 
-    patch.setattr(recurrent_mixer, "scan", bug)
+    patch.setattr(recurrent_mixer, "scan_segments", bug)
 
 
 def pads_in_the_balance_loss(patch: Patch) -> None:

@@ -155,26 +155,26 @@ def _touched_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _tiled_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Key heads 0 1 0 1 in the place of 0 0 1 1."""
-    right = scan_module._flatten
+    right = scan_module._widened
 
     def tiled(tokens: Tokens, dtype: torch.dtype) -> Tokens:
-        shared_by = tokens.v.shape[2] // tokens.q.shape[2]
-        q, k = (x.repeat(1, 1, shared_by, 1) for x in (tokens.q, tokens.k))
+        shared_by = tokens.v.shape[1] // tokens.q.shape[1]
+        q, k = (x.repeat(1, shared_by, 1) for x in (tokens.q, tokens.k))
         return right(tokens._replace(q=q, k=k), dtype)
 
-    monkeypatch.setattr(scan_module, "_flatten", tiled)
+    monkeypatch.setattr(scan_module, "_widened", tiled)
 
 
 def _swapped_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values read as if they lay one after another."""
-    right = scan_module._flatten
+    right = scan_module._widened
 
     def careless(tokens: Tokens, dtype: torch.dtype) -> Tokens:
         shape = tokens.v.shape
         strides = torch.empty(shape, device="meta").stride()
         return right(tokens._replace(v=tokens.v.as_strided(shape, strides)), dtype)
 
-    monkeypatch.setattr(scan_module, "_flatten", careless)
+    monkeypatch.setattr(scan_module, "_widened", careless)
 
 
 def _autocast_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
