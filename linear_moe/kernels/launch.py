@@ -34,14 +34,16 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     if getattr(_local, "compiling", False) and "num_warps" in options:
         kernel.warmup(*arguments, grid=(grid,), **options)
         return
-    device = torch._C._cuda_getDevice()
+    device = torch.cuda.current_device()
     key = (id(kernel), device, _specialization(arguments), tuple(options), tuple(options.values()))
     compiled = _compiled.get(key)
     if compiled is None:
         constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
         assert [parameter.name for parameter in kernel.params[len(arguments) :]] == constants, "constants by name, last"
         made = kernel[(grid,)](*arguments, **options)
-        _compiled[key] = _Compiled(made, tuple([options[name] for name in constants]))
+        # A hook of Triton's may have kept it from being compiled.
+        if made is not None:
+            _compiled[key] = _Compiled(made, tuple([options[name] for name in constants]))
         return
     compiled.launch(grid, device, arguments)
 

@@ -541,9 +541,9 @@ BUGS = {
         PLAIN,
         Bug(kernels, "d_weight_ptr + channel * WIDTH + tap", "d_weight_ptr + tap * CHANNELS + channel"),
     ),
-    "the last run left out of the sums": (
+    "the last runs left out of the sums": (
         PLAIN,
-        Bug(kernels, "summed_rows(sums_ptr, num_runs,", "summed_rows(sums_ptr, num_runs - 1,"),
+        Bug(kernels, "summed_rows(sums_ptr, num_runs,", "summed_rows(sums_ptr, num_runs // 2,"),
     ),
     "the weight's gradient one row off": (PLAIN, Bug(kernels, "sums[tap] + d * window[tap]", "sums[tap] + d * x")),
     "the new state's gradient lost": (RAGGED, Bug(kernels, "(rows >= end - WIDTH)", "(rows >= end - WIDTH + 1)")),
