@@ -33,6 +33,16 @@ def piece_of(borders_ptr, stride, piece):
 
 
 @triton.jit
+def piece_at(order_ptr, turn):
+    """The piece (int64) whose turn it is: they come one after another, or in an order that is given."""
+    # One return: the compiler wants the same type from both.
+    piece = turn.to(tl.int64)
+    if order_ptr is not None:
+        piece = tl.load(order_ptr + piece)
+    return piece
+
+
+@triton.jit
 def part_of(borders_ptr, stride, part, PIECE: tl.constexpr, PART: tl.constexpr):
     """The same of a part of a piece: pieces of PIECE tokens have PIECE // PART, of which the last may be empty."""
     PARTS: tl.constexpr = PIECE // PART

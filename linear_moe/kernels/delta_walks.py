@@ -28,6 +28,7 @@ from linear_moe.kernels.blocks import (
     load_rows,
     pair_decays,
     part_of,
+    piece_at,
     piece_of,
     state_offsets,
     store_rows,
@@ -167,6 +168,7 @@ def forward_kernel(
     first_piece_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -188,7 +190,7 @@ def forward_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     # A final state alone is for what comes after: of a piece that was emptied nothing does. Transitions are kept, all of them.
     if (o_ptr is None) and (wrong_ptr is None) and not TRANSITION:
@@ -268,6 +270,7 @@ def values_kernel(
     first_piece_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -290,7 +293,7 @@ def values_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     if dv_ptr is None:
         if size == 0:
@@ -421,6 +424,7 @@ def queries_kernel(
     initial_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -437,7 +441,7 @@ def queries_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
@@ -510,6 +514,7 @@ def keys_kernel(
     initial_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -527,7 +532,7 @@ def keys_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)

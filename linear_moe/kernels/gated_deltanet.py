@@ -289,6 +289,7 @@ def _run_forward(
         walk.first_pieces,
         borders,
         borders.stride(0),
+        walk.splits.order,
         v.shape[0],
         scale,
         TRANSITION=transition,
@@ -423,8 +424,8 @@ def backward(
     ) -> None:
         launch_kernel(
             values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, reads,
-            output, d_beta, start, final, states, walk.first_pieces, borders, borders.stride(0), num_tokens, scale,
-            **parameters, **constants,
+            output, d_beta, start, final, states, walk.first_pieces, borders, borders.stride(0),
+            walk.splits.order, num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 
     reverse_starts = d_final
@@ -494,7 +495,7 @@ def _walk_back(
         DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
     both = (q, k, d_output, dv, wrong, *gates, reads, erases, own)
-    where = (walk.splits.borders, walk.splits.borders.stride(0), num_tokens, scale)
+    where = (walk.splits.borders, walk.splits.borders.stride(0), walk.splits.order, num_tokens, scale)
     constants = walk.constants(k, v)
 
     def new_overlap(tile: int) -> Tensor | None:

@@ -158,6 +158,7 @@ def _walk(
         piece_totals,
         borders,
         borders.stride(0),
+        splits.order,
         scale,
         state_scale,
         HEADS=heads,
@@ -285,8 +286,8 @@ def backward(
         tile = tile_of(key_dim, launch.tile, k.dtype)
         for mild in (True, False):
             launch_kernel(kernel, splits.num_pieces * heads * cdiv(key_dim, tile),
-                q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), scale, HEADS=heads,
-                K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
+                q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), splits.order, scale,
+                HEADS=heads, K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
                 num_warps=launch.num_warps, num_stages=launch.num_stages,
                 **_shared_constants(k, launch.chunk),
             )  # fmt: skip

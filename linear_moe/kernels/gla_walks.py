@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.blocks import load_columns, load_rows, piece_of, state_offsets, store_rows
+from linear_moe.kernels.blocks import load_columns, load_rows, piece_at, piece_of, state_offsets, store_rows
 
 FADES_BLOCK = tl.constexpr(64)
 
@@ -200,6 +200,7 @@ def walk_kernel(
     piece_totals_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     scale,
     state_scale,
     HEADS: tl.constexpr,
@@ -218,7 +219,7 @@ def walk_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     first_chunk = tl.load(chunks_ptr + piece)
     rows = tl.arange(0, CHUNK)
@@ -275,6 +276,7 @@ def keys_kernel(
     chunks_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     scale,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -293,7 +295,7 @@ def keys_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     num_chunks = tl.cdiv(size, CHUNK)
     if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, LIMIT) != MILD:
@@ -352,6 +354,7 @@ def queries_kernel(
     chunks_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     scale,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -370,7 +373,7 @@ def queries_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     num_chunks = tl.cdiv(size, CHUNK)
     if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, LIMIT) != MILD:

@@ -30,6 +30,7 @@ from linear_moe.kernels.blocks import (
     load_rows,
     new_states,
     num_processors,
+    piece_at,
     piece_of,
     precision_of,
     rate_of,
@@ -108,6 +109,7 @@ def states_kernel(
     first_piece_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     num_tokens,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -128,7 +130,7 @@ def states_kernel(
     program = tl.program_id(0)
     tile = program % (K_TILES * V_TILES)
     head = (program // (K_TILES * V_TILES)) % HEADS
-    walk = (program // (K_TILES * V_TILES * HEADS)).to(tl.int64)
+    walk = piece_at(order_ptr, program // (K_TILES * V_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, walk)
     # States alone are for what comes after: of a walk that was emptied nothing does.
     if states_ptr is None:
@@ -260,6 +262,7 @@ def _run_states(
         plan.first_pieces,
         borders,
         borders.stride(0),
+        plan.walks.order,
         v.shape[0],
         HEADS=plan.pieces.heads,
         K_HEADS=k.shape[1],

@@ -33,6 +33,7 @@ from linear_moe.kernels.blocks import (
     new_states,
     num_processors,
     pair_decays,
+    piece_at,
     piece_of,
     precision_of,
     rate_of,
@@ -105,6 +106,7 @@ def scan_kernel(
     other_ptr,
     borders_ptr,
     borders_stride,
+    order_ptr,
     num_tokens,
     scale,
     state_scale,
@@ -132,7 +134,7 @@ def scan_kernel(
     program = tl.program_id(0)
     tile = program % NUM_TILES
     head = (program // NUM_TILES) % HEADS
-    piece = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
     start, size = piece_of(borders_ptr, borders_stride, piece)
     q_head = head // (HEADS // Q_HEADS)
     k_head = head // (HEADS // K_HEADS)
@@ -263,6 +265,7 @@ def _scan(
         other,
         borders,
         borders.stride(0),
+        walk.splits.order,
         num_tokens,
         scale,
         state_scale,

@@ -21,6 +21,8 @@ from linear_moe.static_tensors import static
 
 SEGMENTS_BLOCK = 1024
 PIECES_BLOCK = 256
+MOST_ORDERED = 256
+"""Segments. Of more, the last one walked is a small part of what a multiprocessor walks."""
 WAVES = 2
 """Programs wanted a multiprocessor."""
 LEAST_GAIN = 3.0
@@ -44,6 +46,8 @@ class Splits(NamedTuple):
     """`borders` with the pieces of segments that have just one emptied."""
     most: int
     """A bound on the pieces of a segment."""
+    order: Tensor | None = None
+    """`[P]` int64: the pieces as they should be walked, the longest of uncut segments first. None: one after another."""
 
     @property
     def num_pieces(self) -> int:
@@ -152,8 +156,18 @@ def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
 
 
 @triton.jit
-def _first_kernel(cu_seqlens_ptr, first_ptr, length_ptr, num_segments, length, whole, BLOCK: tl.constexpr):
-    """One program: how long a piece is, and the sums of the segments' pieces."""
+def _first_kernel(
+    cu_seqlens_ptr,
+    first_ptr,
+    length_ptr,
+    order_ptr,
+    num_segments,
+    length,
+    whole,
+    BLOCK: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """One program: how long a piece is, the sums of the segments' pieces, and, where none is cut, the order of the first."""
     longest = tl.full((), 1, tl.int64)
     for start in range(0, num_segments, BLOCK):
         segment = start + tl.arange(0, BLOCK)
@@ -173,12 +187,20 @@ def _first_kernel(cu_seqlens_ptr, first_ptr, length_ptr, num_segments, length, w
         pieces = tl.where(inside, tl.maximum((end - begin + length - 1) // length, 1), 0)
         tl.store(first_ptr + segment + 1, carry + tl.cumsum(pieces, 0), mask=inside)
         carry += tl.sum(pieces, 0)
+    if order_ptr is not None:
+        segment = tl.arange(0, ORDERED)
+        inside = segment < num_segments
+        begin = tl.load(cu_seqlens_ptr + segment, mask=inside, other=0)
+        size = tl.where(inside, tl.load(cu_seqlens_ptr + segment + 1, mask=inside, other=0) - begin, -1)
+        alike = (size[None, :] == size[:, None]) & (segment[None, :] < segment[:, None])
+        before = tl.sum(((size[None, :] > size[:, None]) | alike).to(tl.int64), 1)
+        tl.store(order_ptr + tl.where(longest <= whole, before, segment), segment.to(tl.int64), mask=inside)
 
 
 @triton.jit
 def _cut_kernel(
-    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, num_segments, num_pieces, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, order_ptr, num_segments, num_pieces,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     length = tl.load(length_ptr)
     piece = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -204,6 +226,8 @@ def _cut_kernel(
         tl.store(borders_ptr + at, tl.where(kept[kind], start, 0), mask=exists)
         tl.store(borders_ptr + at + 1, tl.where(kept[kind], stop, 0), mask=exists)
     tl.store(owner_ptr + piece, low, mask=exists)
+    if order_ptr is not None:
+        tl.store(order_ptr + piece, piece, mask=exists & (piece >= num_segments))
 
 
 def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, whole: int = 0) -> Splits:
@@ -212,7 +236,11 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, wh
     count = num_pieces(num_tokens, num_segments, length)
     first, chosen, owner = (cu_seqlens.new_empty(size) for size in (num_segments + 1, 1, count))
     borders = cu_seqlens.new_empty(4, count, 2)
-    launch_kernel(_first_kernel, 1, cu_seqlens, first, chosen, num_segments, length, whole, BLOCK=SEGMENTS_BLOCK)
+    order = torch.empty_like(owner) if whole and num_segments <= MOST_ORDERED else None
+    launch_kernel(
+        _first_kernel, 1, cu_seqlens, first, chosen, order, num_segments, length, whole, BLOCK=SEGMENTS_BLOCK,
+        ORDERED=max(1 << (num_segments - 1).bit_length(), 16),
+    )  # fmt: skip
     launch_kernel(
         _cut_kernel,
         cdiv(count, PIECES_BLOCK),
@@ -221,6 +249,7 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, wh
         chosen,
         borders,
         owner,
+        order,
         num_segments,
         count,
         STEPS=num_segments.bit_length(),
@@ -228,4 +257,4 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, wh
     )
     leading, trailing, several = borders[1:]
     most = max(-(-max_length // length), 1)
-    return Splits(borders[0], first, owner, leading, trailing, several, most)
+    return Splits(borders[0], first, owner, leading, trailing, several, most, order)

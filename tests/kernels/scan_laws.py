@@ -23,11 +23,22 @@ from linear_moe.kernels import (
     gla,
     join,
     parallel_scan,
+    piece_gradients,
     piece_reads,
     scalar_scan,
 )
 
-KERNEL_MODULES = (blocks, decay_gradient, gated_deltanet, gla, join, parallel_scan, scalar_scan)
+KERNEL_MODULES = (
+    blocks,
+    decay_gradient,
+    gated_deltanet,
+    gla,
+    join,
+    parallel_scan,
+    piece_gradients,
+    piece_reads,
+    scalar_scan,
+)
 Patch = pytest.MonkeyPatch
 Law = Callable[[Recurrence, torch.dtype, Patch], None]
 

@@ -77,6 +77,29 @@ def test_no_segment_is_cut_where_the_longest_is_not_worth_it(longest: int) -> No
     assert_emptied(splits)
 
 
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 20, 21, 40, 100]), min_size=1, max_size=20),
+    worth=st.sampled_from([39, 40, 1000]),
+)
+def test_uncut_segments_are_walked_longest_first(lengths: list[int], worth: int) -> None:
+    """And all pieces once, whether any is cut or not."""
+    splits = cut(borders_of(lengths), sum(lengths), 16, max(*lengths, 1), whole=worth)
+    assert splits.order is not None
+    order = splits.order.tolist()
+    assert sorted(order) == list(range(splits.num_pieces))
+    if max(lengths) > worth:
+        assert order == sorted(order)
+    else:
+        assert order[: len(lengths)] == sorted(range(len(lengths)), key=lambda segment: -lengths[segment])
+
+
+def test_many_segments_are_walked_as_they_lie() -> None:
+    assert cut(borders_of([3] * 257), 771, 16, 3, whole=48).order is None
+    assert cut(borders_of([3] * 256), 768, 16, 3, whole=48).order is not None
+    # Those that are cut for good are as long as each other.
+    assert cut(borders_of([3] * 2), 6, 16, 3).order is None
+
+
 @pytest.mark.parametrize("longest", [0, 3, 40])
 def test_many_segments(longest: int) -> None:
     """More than one block of segments, and more than one of pieces."""
