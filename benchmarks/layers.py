@@ -2,10 +2,11 @@
 
     python benchmarks/layers.py --output benchmarks/results/layers.csv
 
-Gated DeltaNet at the widths of the paper's 380M model (D 1024, H 4, K = V = 256), bf16. `eager` is launched from Python call by
-call; `graph` is the same forward and backward replayed from a CUDA graph, which is what the GPU itself takes. With `--peer`,
-flash-linear-attention's layers of the same widths are timed after ours in the same process (from Python: its mixture waits
-for the host, and can't be captured); that needs the package, and some minutes for its autotuning the first time.
+Gated DeltaNet, and rules without an erase, at the widths of the paper's 380M model (D 1024, H 4, K = V = 256), bf16. `eager` is
+launched from Python call by call; `graph` is the same forward and backward replayed from a CUDA graph, which is what the GPU
+itself takes. With `--peer`, flash-linear-attention's layers of the same widths are timed after ours in the same process (from
+Python: its mixture waits for the host, and can't be captured); that needs the package, and some minutes for its autotuning the
+first time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     """Whether every token goes to the same two memories."""
     peer: bool = False
     """Whether the layer is flash-linear-attention's."""
+    rule: str = "gated_deltanet"
 
 
 CASES = (
@@ -48,6 +50,11 @@ CASES = (
     Case("4 memories, many short", 4, 32, 4096),
     Case("4 memories, one long", 4, 1, 131072),
     Case("one memory", None, 8, 4096),
+    *(
+        Case(f"4 memories of {rule}, {name}", 4, batch, length, rule=rule)
+        for rule in ("mamba2", "retnet", "gla")
+        for name, batch, length in (("many short", 32, 4096), ("one long", 1, 131072))
+    ),
 )
 PEERS = (Case("4 memories, fla", 4, 8, 4096, peer=True), Case("one memory, fla", None, 8, 4096, peer=True))
 
@@ -59,8 +66,8 @@ def build(case: Case) -> nn.Module:
     if case.peer:
         return FirstResult(peer(case)).to(**factory)
     if case.memories is None:
-        return MemoryLayer(rule="gated_deltanet", **WIDTHS, **factory)
-    layer = MoMLayer(rule="gated_deltanet", num_memories=case.memories, top_k=2, **WIDTHS, **factory)
+        return MemoryLayer(rule=case.rule, **WIDTHS, **factory)
+    layer = MoMLayer(rule=case.rule, num_memories=case.memories, top_k=2, **WIDTHS, **factory)
     if case.skewed:
         # All scores alike: ties go to the lowest two.
         nn.init.zeros_(layer.router.weight)
