@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,10 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
         # Every matrix on every row, then each row's own: static sizes, at the price of G times the arithmetic.
         product = torch.einsum("si,goi->sgo", x, weight)[rows, group]
     return torch.where(inside, product, 0)
+
+
+ALIGNMENT = 16
+"""Bytes, of the rows that torch's grouped matmul takes."""
 
 
 class Routes(NamedTuple):
@@ -123,7 +128,7 @@ class _Project(torch.autograd.Function):
         wants_tokens, wants_slots, *wants_others = ctx.needs_input_grad[:4]
         d_tokens = None
         if d_slots is not None and not _rows_are_aligned(d_slots):
-            d_slots = d_slots.contiguous()
+            d_slots = _aligned_rows(d_slots)
 
         def add(gradient: Tensor, weight: Tensor) -> Tensor:
             return gradient @ weight if d_tokens is None else d_tokens.addmm_(gradient, weight)
@@ -155,13 +160,19 @@ class _Project(torch.autograd.Function):
 
 def _rows_are_aligned(x: Tensor) -> bool:
     """Whether rows are whole and begin at multiples of 16 bytes, which they may lie apart by more than their length."""
-    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % ALIGNMENT == 0
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """The same rows, of which each begins at a multiple of 16 bytes."""
+    apart = ALIGNMENT // x.element_size()
+    room = x.new_empty(x.shape[0], -(-x.shape[1] // apart) * apart)[:, : x.shape[1]]
+    return room.copy_(x)
 
 
 def routes_are_taken(tokens: Tensor, weight: Tensor) -> bool:
     """Whether `project` takes slots that are routed, of `tokens` `[S, I]` and `weight` `[G, O, I]`."""
-    dtype = autocast_dtype(tokens)
-    return _grouped_mm_takes(tokens.to(dtype), weight.to(dtype))
+    return _grouped_mm_has(tokens, weight, autocast_dtype(tokens), weight.shape[-1:])
 
 
 def project(
@@ -189,14 +200,19 @@ def project(
 
 
 def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped matmul has this case and its gradients'."""
+    return _grouped_mm_has(x, weight, x.dtype, weight.shape[1:])
+
+
+def _grouped_mm_has(x: Tensor, weight: Tensor, dtype: torch.dtype, strides: Sequence[int]) -> bool:
     """Whether torch's grouped matmul has this case: no float64, and row strides in multiples of 16 bytes."""
     if x.shape[0] == 0 or weight.shape[1] == 0:
         return False
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    aligned = all(stride * dtype.itemsize % ALIGNMENT == 0 for stride in strides)
     # Of float32 a CPU's has the product, but not the shapes that a trace asks for.
     wide = not x.is_cuda and not torch.compiler.is_compiling()
     dtypes = (torch.float32, torch.bfloat16) if wide else (torch.bfloat16,)
-    return aligned and x.dtype in dtypes and x.device.type in ("cpu", "cuda")
+    return aligned and dtype in dtypes and x.device.type in ("cpu", "cuda")
 
 
 def plain_linear(module: nn.Module | None) -> nn.Linear | None:
