@@ -73,8 +73,8 @@ class ConvPart(NamedTuple):
 def conv_parts(
     declared: dict[str, Projection], convolved: list[str], conv_width: int, head_dim: int, normalizes: bool
 ) -> dict[str, ConvPart] | None:
-    """The parts of a convolution along the memories, or None where the kernels don't take it."""
-    if not convolved or conv_width > LARGEST_CONV_WIDTH:
+    """The parts of a convolution along the memories, of which there may be none, or None where the kernels don't take it."""
+    if convolved and conv_width > LARGEST_CONV_WIDTH:
         return None
     parts, first = {}, 0
     for name in convolved:
@@ -207,7 +207,7 @@ class SlotConv:
         self,
         plan: SlotPlan,
         fan_out: int,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         state: Tensor | None,
         num_states: int,
@@ -215,7 +215,7 @@ class SlotConv:
     ) -> None:
         """`plan` as the kernels make it, or the identity; `runs` as `conv_runs` makes them."""
         self.plan, self.num_states = plan, num_states
-        # One split: the gradient of a range of rows alone would be a copy into zeros.
+        # One split: the gradient of a range of rows alone would be a copy into zeros. No weight where nothing is convolved.
         first = [run[0].first_channel for run in runs]
         widths = [sum(part.width for part in run) for run in runs]
         self.weights, self.biases = (

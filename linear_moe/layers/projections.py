@@ -46,13 +46,17 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
     """
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    if covered and _grouped_mm_takes(x, weight):
+    taken = _grouped_mm_takes(x, weight)
+    if taken and not _rows_are_aligned(x):
+        # A range of a projection's columns, whose rows begin anywhere.
+        x = x.clone(memory_format=torch.contiguous_format)
+    if covered and taken:
         return F.grouped_mm(x, weight.mT, offs=cu_groups[1:].to(torch.int32))
     rows = torch.arange(x.shape[0], device=x.device)
     inside = (rows < cu_groups[-1])[:, None]
     # Both sides: what lies past the last group may be anything, in the product and in its gradient.
     x = torch.where(inside, x, 0)
-    if _grouped_mm_takes(x, weight):
+    if taken:
         product = F.grouped_mm(x, weight.mT, offs=cu_groups[1:].to(torch.int32))
     else:
         group = torch.searchsorted(cu_groups[1:].contiguous(), rows, right=True).clamp_max(weight.shape[0] - 1)
@@ -160,7 +164,8 @@ class _Project(torch.autograd.Function):
 
 def _rows_are_aligned(x: Tensor) -> bool:
     """Whether rows are whole and begin at multiples of 16 bytes, which they may lie apart by more than their length."""
-    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % ALIGNMENT == 0
+    begin_aligned = all(step * x.element_size() % ALIGNMENT == 0 for step in (x.stride(0), x.storage_offset()))
+    return begin_aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

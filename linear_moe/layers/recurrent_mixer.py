@@ -308,9 +308,13 @@ class RecurrentMixer(nn.Module, ABC):
         cu_memories = plan.cu_seqlens[::num_sequences]
         normalized, gates, gate = False, None, None
         if kernels and self.conv_parts is not None:
-            raw, gates, conv_state, gate = self._project_and_convolve(
-                tokens, plan, cu_memories, fan_out, conv_state, covered, covered and assignment.shared
-            )
+            made = self._project_and_convolve(
+                tokens, plan, cu_memories, fan_out, conv_state if self.convolved else None, covered,
+                covered and assignment.shared,
+            )  # fmt: skip
+            raw, gates, gate = made.raw, made.gates, made.gate
+            # Else it is of the layer's input.
+            conv_state = made.conv_state if self.convolved else conv_state
             normalized = self.conv_norms
         else:
             raw = self._project(tokens, plan, cu_memories, fan_out, covered)
@@ -418,10 +422,11 @@ class RecurrentMixer(nn.Module, ABC):
         """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
         a token and read through the plan.
         """
-        assert self.conv_parts is not None and self.conv_weight is not None
+        assert self.conv_parts is not None
         together = self.together if conv_state is None else None
         runs = self.conv_runs if conv_state is None else conv_runs(self.conv_parts, None)
-        conv = SlotConv(plan, fan_out, self.conv_weight, self.conv_bias, conv_state, self.num_states, runs)
+        weight, bias = (self.conv_weight, self.conv_bias) if self.convolved else (None, None)
+        conv = SlotConv(plan, fan_out, weight, bias, conv_state, self.num_states, runs)
         raw: dict[str, Tensor] = {}
         routes = None
         if self.memory_weight is not None and conv.place is not None:

@@ -70,6 +70,15 @@ def test_torchs_grouped_matmul_and_the_fallback_agree(lengths: list[int], monkey
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("covered", [False, True])
+@pytest.mark.parametrize("first", [0, 3, 4])
+def test_columns_of_a_wider_tensor_may_begin_anywhere(first: int, covered: bool) -> None:
+    wide, weight = torch.randn(8, 13), torch.randn(2, 4, 8)
+    x, cu_groups = wide[:, first : first + 8], borders([3, 5])
+    expected = grouped_linear(x.contiguous(), weight, cu_groups)
+    assert torch.equal(grouped_linear(x, weight, cu_groups, covered=covered), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_past_the_last_group_give_0_and_may_be_anything(dtype: torch.dtype) -> None:
     x = torch.randn(6, 8, dtype=dtype)
