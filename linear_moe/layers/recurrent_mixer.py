@@ -20,7 +20,6 @@ from linear_moe.layers.decode_steps import decode_token, decodes, plan_decoding
 from linear_moe.layers.gate_parameters import GateParameters
 from linear_moe.layers.kernel_steps import (
     LARGEST_HEAD,
-    SlotConv,
     combines,
     conv_parts,
     conv_runs,
@@ -34,19 +33,16 @@ from linear_moe.layers.kernel_steps import (
 )
 from linear_moe.layers.norms import GatedRMSNorm
 from linear_moe.layers.projections import (
-    Routes,
     grouped_linear,
-    plain_linear,
-    project,
-    routes_are_taken,
     xavier_init_,
 )
 from linear_moe.layers.routing import SlotPlan, slots_of_batch, sort_slots
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.layers.short_conv import activate, short_conv
+from linear_moe.layers.slot_projections import project_and_convolve
 from linear_moe.layers.slots import gather_tokens, scatter_slots
 from linear_moe.layers.state import MemoryState
-from linear_moe.rules.base import Projection, RuleDims, RuleOutput, Tokens, UpdateRule, upcast
+from linear_moe.rules.base import RuleDims, RuleOutput, Tokens, UpdateRule, upcast
 from linear_moe.rules.registry import get_rule
 from linear_moe.rules.scan import IMPLS, check_form, scan_segments, without_batch
 from linear_moe.rules.segments import Segments, segments_of
@@ -67,18 +63,6 @@ class Assignment(NamedTuple):
     """`[S, D]` the same tokens, for what comes after."""
     shared: bool = False
     """Whether the last memory is the last of every token's."""
-
-
-class Projected(NamedTuple):
-    """What the tokens' slots are projected and convolved to."""
-
-    raw: dict[str, Tensor]
-    """`[R, width]` by name, without those that gates were made of."""
-    gates: tuple[Tensor | None, Tensor | None] | None
-    """The log decay and the strength `[R, H]`, if they are made."""
-    conv_state: Tensor | None
-    gate: Tensor | None
-    """`[S, H * V]` the output's, if it is made."""
 
 
 class RecurrentMixer(nn.Module, ABC):
@@ -148,8 +132,8 @@ class RecurrentMixer(nn.Module, ABC):
         self.token_projections = {name: spec for name, spec in declared.items() if not by_memory[name]}
         # One fused matrix for all projections of a kind: one matmul, and the rows of a name are a slice of it. None without
         # rows: a parameter of no numbers gets no gradient, which data-parallel training waits for.
-        memory_rows = sum(_first_width(spec) for spec in self.memory_projections.values())
-        token_rows = sum(_first_width(spec) for spec in self.token_projections.values())
+        memory_rows = sum(spec.first_width for spec in self.memory_projections.values())
+        token_rows = sum(spec.first_width for spec in self.token_projections.values())
         shape = (num_states, memory_rows, hidden_size)
         self.memory_weight = nn.Parameter(torch.empty(shape, **factory)) if memory_rows else None
         self.token_weight = nn.Parameter(torch.empty(token_rows, hidden_size, **factory)) if token_rows else None
@@ -221,7 +205,7 @@ class RecurrentMixer(nn.Module, ABC):
             (self.memory_weight, self.memory_projections),
             (self.token_weight, self.token_projections),
         ):
-            widths = [_first_width(spec) for spec in specs.values()]
+            widths = [spec.first_width for spec in specs.values()]
             for part in () if weight is None else weight.split(widths, -2):
                 xavier_init_(part)
         for weight in (*self.second_stage.values(), self.out_proj.weight):
@@ -308,8 +292,8 @@ class RecurrentMixer(nn.Module, ABC):
         cu_memories = plan.cu_seqlens[::num_sequences]
         normalized, gates, gate = False, None, None
         if kernels and self.conv_parts is not None:
-            made = self._project_and_convolve(
-                tokens, plan, cu_memories, fan_out, conv_state if self.convolved else None, covered,
+            made = project_and_convolve(
+                self, tokens, plan, cu_memories, fan_out, conv_state if self.convolved else None, covered,
                 covered and assignment.shared,
             )  # fmt: skip
             raw, gates, gate = made.raw, made.gates, made.gate
@@ -380,11 +364,11 @@ class RecurrentMixer(nn.Module, ABC):
         first: dict[str, Tensor] = {}
         if self.memory_weight is not None:
             routed = gather_tokens(tokens, plan, fan_out)
-            widths = [_first_width(spec) for spec in self.memory_projections.values()]
+            widths = [spec.first_width for spec in self.memory_projections.values()]
             parts = self._memory_linear(routed, self.memory_weight, cu_memories, covered).split(widths, -1)
             first |= dict(zip(self.memory_projections, parts, strict=True))
         if self.token_weight is not None:
-            widths = [_first_width(spec) for spec in self.token_projections.values()]
+            widths = [spec.first_width for spec in self.token_projections.values()]
             projected = gather_tokens(F.linear(tokens, self.token_weight), plan, fan_out)
             first |= dict(zip(self.token_projections, projected.split(widths, -1), strict=True))
         return {name: self._finish(name, first[name], plan, cu_memories, covered) for name in self._names()}
@@ -408,92 +392,6 @@ class RecurrentMixer(nn.Module, ABC):
             # Not by an index: the gradient of one is a copy into zeros.
             return F.linear(x, weight.squeeze(0))
         return grouped_linear(x, weight, cu_memories, covered=covered)
-
-    def _project_and_convolve(
-        self,
-        tokens: Tensor,
-        plan: SlotPlan,
-        cu_memories: Tensor,
-        fan_out: int,
-        conv_state: Tensor | None,
-        covered: bool,
-        shared: bool,
-    ) -> Projected:
-        """The projections with their convolution, activation and norm made by kernels: what a token's slots share is made once
-        a token and read through the plan.
-        """
-        assert self.conv_parts is not None
-        together = self.together if conv_state is None else None
-        runs = self.conv_runs if conv_state is None else conv_runs(self.conv_parts, None)
-        weight, bias = (self.conv_weight, self.conv_bias) if self.convolved else (None, None)
-        conv = SlotConv(plan, fan_out, weight, bias, conv_state, self.num_states, runs)
-        raw: dict[str, Tensor] = {}
-        routes = None
-        if self.memory_weight is not None and conv.place is not None:
-            assert plan.source is not None and plan.ends is not None
-            place = conv.place if covered else torch.where(conv.place < plan.cu_seqlens[-1], conv.place, -1)
-            routes = Routes(plan.ends, plan.source, place, shared)
-        by_group = (
-            self.memory_weight is not None and routes is not None and not routes_are_taken(tokens, self.memory_weight)
-        )
-        gate_proj = plain_linear(self.gate_proj) if self.kernel_combines else None
-        made = project(
-            tokens,
-            None if by_group else self.memory_weight,
-            self.token_weight,
-            None if gate_proj is None else gate_proj.weight,
-            routes,
-        )
-        projected = made.slots
-        # What it leaves in rows of no memory is anything: the convolution reads none of them.
-        loose = projected is not None and routes is not None and not covered
-        if by_group:
-            assert self.memory_weight is not None
-            gathered = gather_tokens(tokens, plan, fan_out, kernel=True)
-            projected = self._memory_linear(gathered, self.memory_weight, cu_memories, covered)
-        names, token_names, gates = list(self.memory_projections), list(self.token_projections), None
-        if together is not None:
-            assert projected is not None
-            by_token = together.by_token is not None
-            # Of rows of no memory gates could be anything, too.
-            own_gates = None if loose else together.gates
-            rate, shift = (None, None) if own_gates is None else self._decay_parameters()
-            mixed = conv.of_all(together, projected, made.tokens if by_token else None, own_gates, rate, shift)
-            raw |= dict(zip((part.name for part in together.parts), mixed.parts, strict=True))
-            names = names[len(together.by_slot) :] if own_gates is None else []
-            token_names = [] if by_token else token_names
-            projected, gates = mixed.rest, None if own_gates is None else (mixed.log_decay, mixed.beta)
-        if projected is not None:
-            widths = [_first_width(self.memory_projections[name]) for name in names]
-            raw |= dict(zip(names, projected.split(widths, -1), strict=True))
-            for name in names:
-                if self._convolves(name):
-                    raw[name] = conv.of(self.conv_parts[name], raw[name], by_token=False)
-                elif loose:
-                    slots = torch.arange(plan.order.shape[0], device=tokens.device)
-                    raw[name] = torch.where((slots < plan.cu_seqlens[-1])[:, None], raw[name], 0)
-        if token_names:
-            assert made.tokens is not None
-            widths = [_first_width(spec) for spec in self.token_projections.values()]
-            # Of a split into one part the gradient would be a copy.
-            columns = made.tokens.split(widths, -1) if len(widths) > 1 else (made.tokens,)
-            for name, column in zip(token_names, columns, strict=True):
-                if self._convolves(name):
-                    raw[name] = conv.of(self.conv_parts[name], column, by_token=True)
-                else:
-                    raw[name] = gather_tokens(column, plan, fan_out, kernel=True)
-        for name in raw:
-            if not self._convolves(name):
-                value = self._finish(name, raw[name], plan, cu_memories, covered)
-                raw[name] = activate(value, self.activations[name])
-        return Projected(raw, gates, conv.carried(), made.gate)
-
-    def _decay_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        """The rate and the shift of a declared log decay."""
-        decay = self.rule.gate_forms().log_decay
-        if decay is None:
-            return None, None
-        return self.gate_parameters.get_parameter(decay.rate), self.gate_parameters.get_parameter(decay.shift)
 
     def _convolves(self, name: str) -> bool:
         return name in self.convolved
@@ -618,10 +516,6 @@ class RecurrentMixer(nn.Module, ABC):
             f"rule={self.rule.name}, hidden_size={self.hidden_size}, heads={dims.num_heads}, "
             f"K={dims.head_dim}, V={dims.head_value_dim}, parameters={self._parameter_count():,}"
         )
-
-
-def _first_width(spec: Projection) -> int:
-    return spec.width if spec.rank is None else spec.rank
 
 
 def _is_a(value: object, expected: type) -> bool:

@@ -92,6 +92,11 @@ class Projection:
     bias: bool = False
     """A bias on the (last) matrix, initialised to 0."""
 
+    @property
+    def first_width(self) -> int:
+        """Channels of the (first) matrix."""
+        return self.width if self.rank is None else self.rank
+
 
 @dataclass(frozen=True)
 class Parameter:

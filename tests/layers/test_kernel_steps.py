@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import GateForms, SigmoidStrength, SoftplusDecay
 from linear_moe.kernels import combine, decode_tokens, mixing, residual_norm, router, slot_conv
-from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer, routing
+from linear_moe.layers import MemoryLayer, MoMLayer, kernel_steps, recurrent_mixer, routing, slot_projections
 from linear_moe.rules.base import Projection
 from linear_moe.testing.budget import assert_within_budget
 
@@ -153,11 +153,9 @@ def test_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that left them would pass every comparison above."""
     called: list[str] = []
-    for name in ("plan_of", "SlotConv"):
-        original = getattr(recurrent_mixer, name)
-        monkeypatch.setattr(
-            recurrent_mixer, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1]
-        )
+    for module, name in ((recurrent_mixer, "plan_of"), (slot_projections, "SlotConv")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1])
     layer = build("gated_deltanet", torch.float32, impl="triton")
     monkeypatch.setattr(layer, "_combine", None)
     monkeypatch.setattr(layer.router, "_in_torch", None)
