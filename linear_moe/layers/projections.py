@@ -47,9 +47,9 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     taken = _grouped_mm_takes(x, weight)
-    if taken and not _rows_are_aligned(x):
-        # A range of a projection's columns, whose rows begin anywhere.
-        x = x.clone(memory_format=torch.contiguous_format)
+    if taken:
+        # Rows of a range of a projection's columns begin anywhere, and one row is contiguous wherever it begins.
+        x = x.contiguous() if x.shape[0] > 1 else x.clone()
     if covered and taken:
         return F.grouped_mm(x, weight.mT, offs=cu_groups[1:].to(torch.int32))
     rows = torch.arange(x.shape[0], device=x.device)
@@ -164,8 +164,7 @@ class _Project(torch.autograd.Function):
 
 def _rows_are_aligned(x: Tensor) -> bool:
     """Whether rows are whole and begin at multiples of 16 bytes, which they may lie apart by more than their length."""
-    begin_aligned = all(step * x.element_size() % ALIGNMENT == 0 for step in (x.stride(0), x.storage_offset()))
-    return begin_aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % ALIGNMENT == 0
 
 
 def _aligned_rows(x: Tensor) -> Tensor:
