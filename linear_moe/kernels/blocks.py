@@ -265,8 +265,8 @@ class SumLaunch(NamedTuple):
 
 
 ROWS_SUMMED = SumLaunch(rows=512, columns=16, num_warps=8)
-"""Where the interpreter runs, of fewer rows and more columns."""
 INTERPRETED_SUMS = SumLaunch(rows=64, columns=512, num_warps=8)
+"""Of fewer rows and more columns, where a program takes milliseconds."""
 
 
 @triton.jit

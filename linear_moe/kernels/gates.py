@@ -24,7 +24,6 @@ from linear_moe.kernels.launch import launch_kernel
 NUMBERS = 256
 """Of a program's tile of tokens and heads; from a frozen table, measured on an H100 (torch 2.11, triton 3.6; us at 98,304
 slots, H 4, columns of rows 4,224 bytes apart): 4.2 forward, 10.5 backward; 128 4.4, 12.5; 512 5.1, 11.2; 2,048 6.2, 12.5."""
-MOST_ROWS = 512
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def _backward_kernel(
 def _sizes(num_rows: int, heads: int) -> tuple[int, dict[str, int]]:
     """Programs, and their constants."""
     block = 1 << (heads - 1).bit_length()
-    rows = max(min(NUMBERS // block, MOST_ROWS), 1)
+    rows = max(NUMBERS // block, 1)
     return cdiv(num_rows, rows), {"HEADS": heads, "ROWS": rows, "BLOCK": block, "num_warps": 4}
 
 

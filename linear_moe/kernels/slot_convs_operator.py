@@ -246,7 +246,7 @@ def slot_convs(
     """
     _check(slots, parts, weight, bias, cu_seqlens, tokens, token_part, source, place, segment, gates, rate, shift)
     every = [*parts] if token_part is None else [*parts, token_part]
-    decay, strength, heads, largest = (-1, -1, 0, 1.0) if gates is None else gates
+    decay, strength, heads, largest = (None, None, 0, 1.0) if gates is None else gates
     *made, log_decay, beta, rest = _slot_convs(
         _side_by_side(slots),
         None if tokens is None else _side_by_side(tokens),
@@ -264,8 +264,7 @@ def slot_convs(
         heads,
         largest,
     )
-    has_decay, has_strength = gates is not None and decay is not None, gates is not None and strength is not None
-    return Mixed(made, log_decay if has_decay else None, beta if has_strength else None, rest)
+    return Mixed(made, None if decay is None else log_decay, None if strength is None else beta, rest)
 
 
 def _side_by_side(x: Tensor) -> Tensor:
