@@ -153,7 +153,7 @@ def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
     return (*dqkv, _or_none(d_decay), _or_none(d_initial), None, None, None, None, None, None)
 
 
-differentiable(_scalar, _keep_for_scalar, _scalar_gradients)
+differentiable(_scalar, _keep_for_scalar, _scalar_gradients, ahead=False)
 
 
 @operator("gla")
@@ -223,7 +223,7 @@ def _vector_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
     return (*gradients, _or_none(d_initial), None, None, None, None, None)
 
 
-differentiable(_vector, _keep_for_vector, _vector_gradients)
+differentiable(_vector, _keep_for_vector, _vector_gradients, ahead=False)
 
 
 @operator("gated_deltanet")
@@ -329,7 +329,7 @@ def _delta_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, 
     return (*dqkv, _or_none(d_decay), d_beta, _or_none(d_initial), *(None,) * 7)
 
 
-differentiable(_delta, _keep_for_delta, _delta_gradients)
+differentiable(_delta, _keep_for_delta, _delta_gradients, ahead=False)
 
 
 def scan(

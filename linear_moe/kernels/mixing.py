@@ -14,6 +14,7 @@ from torch import Tensor
 from linear_moe.kernels import combine, slot_plan, slot_sum
 from linear_moe.kernels import routed_product as _routed_product
 from linear_moe.kernels.blocks import new_rows
+from linear_moe.kernels.compile_ahead import compile_ahead
 from linear_moe.kernels.operator import FLOATS, check_tensor, differentiable, operator
 from linear_moe.kernels.slot_plan import SlotPlan
 
@@ -23,6 +24,7 @@ def _plan(
     memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(memory):
+        compile_ahead(memory.device, _plan, lambda: slot_plan.sort(memory, sequence, num_states, num_sequences))
         return tuple(slot_plan.sort(memory, sequence, num_states, num_sequences))  # type: ignore[return-value]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.kernels.compile_ahead import compile_ahead
+
 _LIBRARY = torch.library.Library("linear_moe", "FRAGMENT")
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """What each operator runs on a CPU and on a GPU."""
@@ -43,6 +45,8 @@ def differentiable(
     operator: Any,
     keep: Callable[[Any, tuple[Any, ...], Any], None],
     gradients: Callable[..., tuple[Any, ...]],
+    *,
+    ahead: bool = True,
 ) -> None:
     """Give an operator its gradients, as `torch.library.register_autograd` does, in less of the host's time.
 
@@ -54,6 +58,8 @@ def differentiable(
         keep: takes a context, the arguments and the result, and keeps in the context what the gradients need.
         gradients: takes the context and the results' gradients (of results in a list, a list), and returns one, or None, of
             each argument.
+        ahead: whether the kernels of both passes are compiled side by side before the first call that wants gradients. Not
+            where the operator's function does that itself.
     """
     function = _FUNCTIONS[operator]
     listed = any(str(result.type) == "List[Tensor]" for result in operator._schema.returns)
@@ -65,10 +71,21 @@ def differentiable(
                 return function(*arguments)
             return operator.redispatch(below, *arguments)
 
+    def both(arguments: tuple[Any, ...]) -> None:
+        """Both passes, for what they compile."""
+        kept, result = _Kept(arguments), function(*arguments)
+        keep(kept, arguments, result)
+        made = (result,) if isinstance(result, Tensor) else result
+        d_results = [torch.empty_like(x) if x.is_floating_point() else None for x in made]
+        gradients(kept, d_results) if listed else gradients(kept, *d_results)
+
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> Any:
             *arguments, keys = given
+            if ahead:
+                device = next(x.device for x in arguments if isinstance(x, Tensor))
+                compile_ahead(device, operator, lambda: both(tuple(arguments)))
             result = run(keys, arguments)
             keep(ctx, tuple(arguments), result)
             return tuple(result) if listed else result
@@ -84,6 +101,21 @@ def differentiable(
         return list(result) if listed else result
 
     _LIBRARY.impl(operator._schema.name.partition("::")[2], call, "Autograd", with_keyset=True)
+
+
+class _Kept:
+    """Of autograd's context, what is asked of it in passes that only compile."""
+
+    saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """All gradients are there."""
 
 
 def check_tensor(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.kernels import router as kernels
+from linear_moe.kernels.compile_ahead import compile_ahead
 from linear_moe.kernels.operator import operator
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +79,13 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+def _both_passes(x: Tensor, weight: Tensor, valid: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> None:
+    """For what they compile."""
+    weights, indices, loss, statistics, logits = _route(x, weight, valid, bias, *options)
+    charged = any(options[-2:])
+    _route_backward(weights, loss if charged else None, x, x, weight, valid, indices, statistics, logits, *options)
+
+
 class _Route(torch.autograd.Function):
     """The tokens come out once more: what their other uses send back is added in the kernel of the router's own gradient."""
 
@@ -85,6 +93,7 @@ class _Route(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, valid: Tensor, bias: Tensor | None, *options: Any
     ) -> tuple[Tensor, ...]:
+        compile_ahead(x.device, _route, lambda: _both_passes(x, weight, valid, bias, options))
         made = _route(x, weight, valid, bias, *options)
         _, indices, _, statistics, logits = made
         ctx.options = options

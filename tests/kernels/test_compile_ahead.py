@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from linear_moe.kernels import compile_ahead
+from seeding import in_the_interpreter
+
+from linear_moe import MoMLayer
+from linear_moe.kernels import compile_ahead, mixing, operator, router_operator
 from linear_moe.kernels.launch import compiling, launch_kernel
 
 
@@ -65,6 +69,52 @@ def test_each_kind_is_gone_through_once_and_none_on_a_cpu(monkeypatch: pytest.Mo
     for device, key in ((torch.device("cpu"), "a"), (gpu, "a"), (gpu, "a"), (gpu, "b"), (torch.device("cuda", 1), "a")):
         compile_ahead.compile_ahead(device, key, lambda key=key: done.append(key))  # type: ignore[misc]
     assert done == ["a", "b", "a"]
+
+
+@in_the_interpreter
+def test_a_layers_operators_go_through_both_passes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they go through is complete, changes nothing, and is no part of autograd's graph."""
+    layer = MoMLayer(16, num_memories=3, num_heads=2, head_dim=8, impl="triton")
+    x = torch.randn(2, 5, 16)
+
+    def gradients() -> list[torch.Tensor]:
+        output = layer(x)
+        return [output, *torch.autograd.grad(output.square().sum(), [*layer.parameters()])]
+
+    wanted, gone_through = gradients(), []
+
+    def go(device: torch.device, key: Any, passes: Callable[[], object]) -> None:
+        passes()
+        gone_through.append(key._schema.name.removeprefix("linear_moe::"))
+
+    for module in (operator, router_operator, mixing):
+        monkeypatch.setattr(module, "compile_ahead", go)
+    for made, same in zip(gradients(), wanted, strict=True):
+        assert torch.equal(made, same)
+    assert gone_through == ["route", "slot_plan", "slot_convs", "combine"]
+
+
+@pytest.mark.gpu
+def test_a_layers_backward_pass_compiles_little(tmp_path: Path) -> None:
+    """What is left are products' kernels, each with others of its kind."""
+    code = """
+import torch, triton
+from linear_moe import MoMLayer
+compiled = []
+triton.knobs.compilation.listener = lambda **event: compiled.append(event["metadata"]["name"])
+layer = MoMLayer(256, num_heads=2, head_dim=64, device="cuda", dtype=torch.bfloat16)
+output = layer(torch.randn(2, 300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True))
+forward = list(compiled)
+output.sum().backward()
+print(len(forward), *compiled[len(forward):])
+"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *later = done.stdout.split()
+    assert int(first) >= 20
+    # The sum of a token's slots, which no operator with gradients of its own launches.
+    assert set(later) <= {"_sum_kernel"}
 
 
 FIRST_CALL = """
