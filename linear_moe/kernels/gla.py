@@ -2,12 +2,13 @@
 
 The kernels and the mathematics are in `linear_moe.kernels.gla_walks`; this is how they are launched. A forward pass prepares
 every chunk, then walks each segment (or, of long ones, its pieces, whose starts are joined first) over what was prepared. A
-backward pass prepares again, walks back for dv, then once by key channels in each direction.
+backward pass prepares again, walks in both directions for the states that chunks begin with and their gradients, and makes the
+rest from them, all chunks in parallel.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +24,23 @@ from linear_moe.kernels.blocks import (
     tile_of,
     zero_uncovered,
 )
-from linear_moe.kernels.gla_walks import keys_kernel, prepare_kernel, queries_kernel, walk_kernel
+from linear_moe.kernels.gla_walks import gradients_kernel, prepare_kernel, walk_kernel
 from linear_moe.kernels.join import join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.results import Backward, Forward
+from linear_moe.kernels.results import Backward
 from linear_moe.kernels.splits import Ragged, Splits, split_length
 
 MILDEST = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 4.0}
 """A chunk in which no channel fades by more than e^60 is multiplied out around half of its fading: two exponentials a number,
 none above e^30. float16 has less range; in float32 an exponent's own rounding must stay below that of its exponential.
 """
+
+
+COLUMNS = 64
+"""Value channels that gradients take at a time."""
+HARSH_PROGRAMS = 4
+"""A multiprocessor."""
 
 
 class Launch(NamedTuple):
@@ -47,32 +54,44 @@ class Launch(NamedTuple):
 
 
 def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
-    """Launch parameters of `kernel`: "prepare", "walk", "keys" or "queries". All share one chunk.
+    """Launch parameters of `kernel`: "prepare", "walk", "states" (a walk that stores them) or "gradients". All share one chunk.
 
-    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128): prepare 0.59, with
-    8 warps 0.81, and tile 128 0.78; walk 0.235, at 1 stage 0.29, at 3 stages 0.25; keys 1.19, with 4 warps 1.30; queries 1.66,
-    with 4 warps 1.82.
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128): prepare 0.43, at 1
+    stage 0.50, on 8 warps 0.63; walk 0.237, at 1 stage 0.29, at 3 stages 0.25; states, both ways, 0.536, at 2 stages 0.603, on
+    8 warps 0.538, with tile 128 0.534; gradients 0.93, at 2 stages 0.95, on 8 warps 1.8. With 168 registers, for three programs
+    a multiprocessor, prepare 0.48. At B32 T2048 H16 K = V = 64: walk 0.238, at 2 stages 0.266.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.
         return Launch(chunk=64 if largest <= 64 else 32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
-    if kernel == "walk":
-        return Launch(chunk=64, tile=64, num_warps=8 if largest > 128 else 4, num_stages=2)
-    return Launch(chunk=64, tile=64, num_warps=4 if kernel == "prepare" or largest <= 64 else 8, num_stages=1)
+    if kernel in ("walk", "states"):
+        stages = 2 if largest > 128 or (kernel == "walk" and largest > 64) else 3
+        return Launch(chunk=64, tile=64, num_warps=8 if largest > 128 else 4, num_stages=stages)
+    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if kernel == "prepare" else 3)
 
 
 TABLE = LaunchTable(
     "gla",
     choose_launch,
     lambda kernel, key_dim, value_dim, dtype: {
-        "tile": tile_choices(*((value_dim, key_dim) if kernel == "walk" else (key_dim, value_dim)), dtype),
+        "tile": tile_choices(*((value_dim, key_dim) if kernel in ("walk", "states") else (key_dim, value_dim)), dtype),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
 )
 """The chunk and, through `piece_length`, where segments are cut are the frozen table's: all four share them, and so do forward
 and backward passes."""
+
+
+class Forward(NamedTuple):
+    """What a forward pass makes: as `linear_moe.kernels.results.Forward`, and what its walks shared."""
+
+    output: Tensor
+    final_state: Tensor | None
+    starts: Tensor | None
+    products: Tensor
+    """`[S, H, C]`"""
 
 
 class _Prepared(NamedTuple):
@@ -83,11 +102,14 @@ class _Prepared(NamedTuple):
     writes: Tensor
     """k e^(G_C - G) `[S, H, K]`"""
     products: Tensor
-    """P `[S, H, C]`: a token's row of its chunk's matrix."""
+    """P `[S, H, C]`: a token's row of its chunk's matrix. In a backward pass the forward one's."""
+    kept: Tensor | None
+    """e^G `[S, H, K]`, in a backward pass."""
     totals: Tensor
     """G_C of every chunk `[chunks, H, K]` float32."""
     fades: Tensor
     """How much the channel of a head that fades most does in each chunk `[chunks, H]` float32."""
+    chunks: Splits
     first_chunks: Tensor
     """`[P]` the chunk each piece begins with."""
 
@@ -101,47 +123,70 @@ def _shared_constants(k: Tensor, chunk: int) -> dict[str, object]:
     }
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, splits: Splits, ragged: Ragged) -> _Prepared:
+def _passes(units: int, device: torch.device) -> tuple[tuple[bool, int], ...]:
+    """For mild chunks and then for harsh ones, the number of programs.
+
+    Two launches: in one kernel the two ways would take the registers of both. A program that finds nothing to do costs as well,
+    so the few that look for harsh chunks look at many.
+    """
+    return (True, units), (False, min(units, HARSH_PROGRAMS * num_processors(device)))
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    splits: Splits,
+    ragged: Ragged,
+    products: Tensor | None = None,
+) -> _Prepared:
+    """For a forward pass, or with its products for a backward pass."""
     num_tokens, heads, key_dim = log_decay.shape
     launch = TABLE.pick(v.device, "prepare", key_dim, v.shape[2], k.dtype)
     chunk = launch.chunk
     # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
     chunks = ragged.pieces(num_tokens, chunk)
     reads, writes = (torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device) for _ in range(2))
-    products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
+    made = kept = None
+    if products is None:
+        made = products = torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device)
+    else:
+        kept = torch.empty_like(reads)
     totals = torch.empty(chunks.num_pieces, heads, key_dim, dtype=torch.float32, device=k.device)
     fades = totals.new_empty(chunks.num_pieces, heads)
     tile = tile_of(key_dim, launch.tile, k.dtype)
-    # The mild chunks first, then those that are left: the two ways in one kernel would take twice the registers.
-    for mild in (True, False):
-        launch_kernel(prepare_kernel, chunks.num_pieces * heads,
-            q, k, log_decay, reads, writes, products, totals, fades, chunks.borders, chunks.borders.stride(0), HEADS=heads,
-            K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild, num_warps=launch.num_warps,
-            num_stages=launch.num_stages, **_shared_constants(k, chunk),
+    units = chunks.num_pieces * heads
+    # All as if they were mild, then those that are not, anew. Without products they are the same.
+    for mild, programs in _passes(units, k.device)[: 1 if made is None else 2]:
+        launch_kernel(
+            prepare_kernel, programs, q, k, log_decay, reads, writes, made, kept, totals, fades, chunks.borders,
+            chunks.borders.stride(0), units, programs, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, **_shared_constants(k, chunk),
         )  # fmt: skip
     first = splits.first_pieces(chunks, ragged, chunk)
-    return _Prepared(reads, writes, products, totals, fades, first)
+    return _Prepared(reads, writes, products, kept, totals, fades, chunks, first)
 
 
 def _walk(
-    reads: Tensor,
     writes: Tensor,
     v: Tensor,
     prepared: _Prepared,
     splits: Splits,
     *,
     starts: Tensor | None,
+    reads: Tensor | None = None,
     output: Tensor | None = None,
+    states: Tensor | None = None,
     final: Tensor | None = None,
     piece_totals: Tensor | None = None,
     scale: float = 1.0,
-    state_scale: float = 1.0,
     reverse: bool = False,
     borders: Tensor | None = None,
 ) -> None:
     borders = splits.borders if borders is None else borders
-    heads, value_dim, key_dim = v.shape[1], v.shape[2], reads.shape[2]
-    launch = TABLE.pick(v.device, "walk", key_dim, value_dim, v.dtype)
+    heads, value_dim, key_dim = v.shape[1], v.shape[2], writes.shape[2]
+    launch = TABLE.pick(v.device, "walk" if states is None else "states", key_dim, value_dim, v.dtype)
     tile = tile_of(value_dim, launch.tile, v.dtype)
     launch_kernel(
         walk_kernel,
@@ -153,6 +198,7 @@ def _walk(
         prepared.totals,
         prepared.first_chunks,
         output,
+        states,
         starts,
         final,
         piece_totals,
@@ -160,13 +206,13 @@ def _walk(
         borders.stride(0),
         splits.order,
         scale,
-        state_scale,
         HEADS=heads,
         K=key_dim,
         V=value_dim,
         CHUNK=launch.chunk,
         K_BLOCK=block_of(key_dim),
         TILE=tile,
+        STORES=states is not None,
         REVERSE=reverse,
         PRECISION=precision_of(v.dtype),
         num_warps=launch.num_warps,
@@ -181,7 +227,6 @@ def _joined(
     splits: Splits,
     initial_state: Tensor | None,
     *,
-    state_scale: float = 1.0,
     reverse: bool = False,
 ) -> Tensor:
     """The state that each piece starts from: each piece alone, then the join."""
@@ -189,10 +234,15 @@ def _joined(
     increments = torch.empty(shape, dtype=torch.float32, device=v.device)
     totals = torch.zeros(shape[:3], dtype=torch.float32, device=v.device)
     _walk(
-        writes, writes, v, prepared, splits, starts=None, final=increments, piece_totals=totals, state_scale=state_scale,
-        reverse=reverse, borders=splits.trailing if reverse else splits.leading,
+        writes, v, prepared, splits, starts=None, final=increments, piece_totals=totals, reverse=reverse,
+        borders=splits.trailing if reverse else splits.leading,
     )  # fmt: skip
     return join(increments, totals, initial_state, splits, reverse=reverse, want_final=False)[0]
+
+
+def chunk_length(k: Tensor, v: Tensor) -> int:
+    """C"""
+    return choose_launch("walk", k.shape[2], v.shape[2], v.dtype).chunk
 
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -224,12 +274,12 @@ def forward(
         piece_ends = new_states(splits.num_pieces, k, v)
     output = torch.empty_like(v)
     _walk(
-        prepared.reads,
         prepared.writes,
         v,
         prepared,
         splits,
         starts=starts,
+        reads=prepared.reads,
         output=output,
         scale=scale,
         final=piece_ends,
@@ -237,7 +287,7 @@ def forward(
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else splits.ends(piece_ends)
-    return Forward(output, final, starts if splits.cut else None)
+    return Forward(output, final, starts if splits.cut else None, prepared.products)
 
 
 def backward(
@@ -249,58 +299,50 @@ def backward(
     log_decay: Tensor,
     initial_state: Tensor | None,
     starts: Tensor | None,
+    products: Tensor,
     ragged: Ragged,
     *,
     scale: float,
 ) -> Backward:
-    """The gradients of `forward`; `starts` as it returned them."""
+    """The gradients of `forward`; `starts` and `products` as it returned them."""
     num_tokens, heads, value_dim = v.shape
     key_dim = k.shape[2]
     splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
-    prepared = _prepare(q, k, v, log_decay, splits, ragged)
-    reverse_starts = d_final
+    prepared = _prepare(q, k, v, log_decay, splits, ragged, products)
+    reverse_starts = None if d_final is None else d_final / scale
     if splits.cut:
-        reverse_starts = _joined(prepared.reads, d_output, prepared, splits, d_final, state_scale=scale, reverse=True)
+        reverse_starts = _joined(prepared.reads, d_output, prepared, splits, reverse_starts, reverse=True)
     else:
         starts = initial_state
+    chunks = prepared.chunks
+    states, d_states = (new_states(chunks.num_pieces, k, v, k.dtype) for _ in range(2))
+    d_starts = None if initial_state is None else new_states(splits.num_pieces, k, v)
     dv = torch.empty_like(v)
-    piece_ends = None
-    if starts is not None:
-        piece_ends = new_states(splits.num_pieces, k, v)
+    _walk(prepared.writes, v, prepared, splits, starts=starts, states=states)
     _walk(
-        prepared.writes, prepared.reads, d_output, prepared, splits, starts=reverse_starts, output=dv, final=piece_ends,
-        scale=scale, state_scale=scale, reverse=True,
+        prepared.reads, d_output, prepared, splits, starts=reverse_starts, reads=prepared.writes, output=dv, scale=scale,
+        states=d_states, final=d_starts, reverse=True,
     )  # fmt: skip
-    fades = (prepared.fades, prepared.first_chunks)
-    del prepared
     # A key head's gradient is the sum over the value heads that share it, in float32.
     shared = k.shape[1] != heads
     dtype = torch.float32 if shared else k.dtype
     dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
-    written = torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device)
     d_decay = torch.empty_like(log_decay)
-    at_start = None if starts is None else torch.linalg.vecdot(starts, piece_ends)
-
-    def run(name: str, kernel: Any, *results: Tensor | None) -> None:
-        launch = TABLE.pick(v.device, name, key_dim, value_dim, k.dtype)
-        tile = tile_of(key_dim, launch.tile, k.dtype)
-        for mild in (True, False):
-            launch_kernel(kernel, splits.num_pieces * heads * cdiv(key_dim, tile),
-                q, k, v, d_output, log_decay, *results, *fades, splits.borders, splits.borders.stride(0), splits.order, scale,
-                HEADS=heads, K_HEADS=k.shape[1], K=key_dim, V=value_dim, V_BLOCK=block_of(value_dim), TILE=tile, MILD=mild,
-                num_warps=launch.num_warps, num_stages=launch.num_stages,
-                **_shared_constants(k, launch.chunk),
-            )  # fmt: skip
-
-    run("keys", keys_kernel, dk, written, reverse_starts)
-    run("queries", queries_kernel, written, dq, d_decay, starts, at_start)
+    launch = TABLE.pick(v.device, "gradients", key_dim, value_dim, k.dtype)
+    tile = tile_of(key_dim, launch.tile, k.dtype)
+    units = chunks.num_pieces * heads * cdiv(key_dim, tile)
+    for mild, programs in _passes(units, k.device):
+        launch_kernel(
+            gradients_kernel, programs, q, k, v, d_output, log_decay, prepared.reads, prepared.writes, prepared.kept, states,
+            d_states, dq, dk, d_decay, prepared.totals, prepared.fades, chunks.borders, chunks.borders.stride(0),
+            units, programs, scale, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, V=value_dim,
+            COLUMNS=min(COLUMNS, block_of(value_dim)), TILE=tile, MILD=mild, num_warps=launch.num_warps,
+            num_stages=launch.num_stages, **_shared_constants(k, launch.chunk),
+        )  # fmt: skip
     if not ragged.dense:
         for gradient in (dq, dk, dv, d_decay):
             zero_uncovered(gradient, ragged.cu_seqlens)
     if shared:
         dq, dk = (sum_heads(x, k) for x in (dq, dk))
-    d_initial = None
-    if initial_state is not None:
-        assert piece_ends is not None
-        d_initial = splits.ends(piece_ends, reverse=True)
+    d_initial = None if d_starts is None else scale * splits.ends(d_starts, reverse=True)
     return Backward(dq, dk, dv, d_decay, d_initial)

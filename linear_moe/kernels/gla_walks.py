@@ -5,15 +5,23 @@ With G the sum of a chunk's log decays, a chunk that starts from S_0 reads and l
     o_t = scale ((q_t e^G_t) S_0 + sum_{j <= t} P_tj v_j),   P_tj = sum_c q_tc k_jc e^(G_tc - G_jc)
     S_C = Diag(e^G_C) S_0 + sum_j (k_j e^(G_C - G_j)) v_j^T
 
-The exponentials are the cost, so each is made once a token and channel, never once a tile of values. Four kernels:
+The exponentials are the cost, so each is made once a token and channel, never once a tile of values. Three kernels:
 
-    prepare      chunk-parallel: q e^G, k e^(G_C - G), P, and G_C
-    walk         the state-resident scan over these: o forwards in time; backwards, with roles exchanged, dv
-    keys         backwards, a tile of key channels, state dS^T: dk, and k dk for the decay's gradient
-    queries      forwards, likewise, state S^T: dq, and a channel's decay gradient, <S_0, dS_0> + sum_{i < t} (k dk - q dq)_i,
-                 where a token's own pair is in neither (`linear_moe.kernels.decay_gradient` says why)
+    prepare      chunk-parallel: q e^G, k e^(G_C - G), G_C, and P or, for gradients, e^G
+    walk         the state-resident scan over these: o forwards in time. For gradients it walks both ways and stores the state
+                 before each chunk, S, and with roles exchanged the state's gradient after it, D, and dv
+    gradients    chunk-parallel, from S and D: dq, dk, and the decay's gradient
+
+A channel's decay gradient at a token is what crosses to it: what was written before and is read at it or later. Before the
+chunk's first token that is <S, D_0>, where D_0, D brought to the chunk's start, is e^G_C D + sum_t (q_t e^G_t) do_t^T; so it is
+e^G_C <S, D> and what the chunk's own tokens read from S. Along the chunk k dk - q dq is added, where a token's own pair is in
+neither (`linear_moe.kernels.decay_gradient` says why).
 
 A chunk in which no channel fades by more than e^LIMIT is multiplied out around half of its fading; any other by halves of it.
+With the factors of a token outside, a mild chunk's gradients are products of what was prepared:
+
+    dq_t = e^G_t A_t + own pair,        A_t = S do_t + e^-G_C sum_{j < t} <do_t, v_j> k_j e^(G_C - G_j),    q dq = (q e^G) A
+    dk_t = e^(G_C - G_t) B_t + own,     B_t = D v_t + e^-G_C sum_{j > t} <v_t, do_j> q_j e^G_j,    k dk = (k e^(G_C - G)) B
 """
 
 from __future__ import annotations
@@ -23,18 +31,25 @@ import triton.language as tl
 
 from linear_moe.kernels.blocks import load_columns, load_rows, piece_at, piece_of, state_offsets, store_rows
 
-FADES_BLOCK = tl.constexpr(64)
+UNITS_BLOCK = tl.constexpr(64)
 
 
 @triton.jit
-def _fades_mildly(fades_ptr, first_chunk, num_chunks, head, HEADS: tl.constexpr, LIMIT: tl.constexpr):
-    """Whether no channel of a head fades by more than is safe to undo in any of some chunks."""
-    worst = 0.0
-    for start in range(0, num_chunks, FADES_BLOCK):
-        chunk = start + tl.arange(0, FADES_BLOCK)
-        fades = tl.load(fades_ptr + (first_chunk + chunk) * HEADS + head, mask=chunk < num_chunks, other=0.0)
-        worst = tl.maximum(worst, tl.max(fades, 0))
-    return worst < LIMIT
+def _fades_harshly(fades_ptr, unit, LIMIT: tl.constexpr):
+    """Whether a channel of a (chunk, head) fades by more than is safe to undo. A NaN does: it gets where it belongs."""
+    return not (tl.load(fades_ptr + unit) < LIMIT)
+
+
+@triton.jit
+def _some_fade_harshly(fades_ptr, program, num_units, num_programs, TILES: tl.constexpr, LIMIT: tl.constexpr):
+    """Whether any does of every so many units, tiles of channels of a (chunk, head), from one on. Looked up many at a time."""
+    steps = tl.arange(0, UNITS_BLOCK)
+    harsh = 0
+    for first in range(0, tl.cdiv(num_units - program, num_programs), UNITS_BLOCK):
+        unit = program + (first + steps).to(tl.int64) * num_programs
+        fades = tl.load(fades_ptr + unit // TILES, mask=unit < num_units, other=0.0)
+        harsh = tl.maximum(harsh, tl.max(tl.where(fades < LIMIT, 0, 1), 0))
+    return harsh > 0
 
 
 @triton.jit
@@ -63,10 +78,14 @@ def _fade(difference):
 
 
 @triton.jit
-def _around_middle(summed, total):
-    """Of a mild chunk, with m = G_C / 2: e^(G - m), e^(m - G), and e^m = e^(G_C - m). All its factors are products of these."""
+def _around_middle(summed, total, LIMIT: tl.constexpr):
+    """Of a mild chunk, with m = G_C / 2: e^(G - m), e^(m - G), and e^m = e^(G_C - m). All its factors are products of these.
+
+    Of a harsh one numbers that are wrong, but finite.
+    """
     middle = 0.5 * total
     difference = (summed - middle[None, :]).to(tl.float32)
+    difference = tl.minimum(tl.maximum(difference, -0.5 * LIMIT), 0.5 * LIMIT)
     return tl.exp(difference), tl.exp(-difference), tl.exp(middle.to(tl.float32))[None, :]
 
 
@@ -120,70 +139,85 @@ def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, ke
 
 
 @triton.jit
-def prepare_kernel(
-    q_ptr,
-    k_ptr,
-    decay_ptr,
-    reads_ptr,
-    writes_ptr,
-    products_ptr,
-    totals_ptr,
-    fades_ptr,
-    borders_ptr,
-    borders_stride,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    MILD: tl.constexpr,
-    LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _prepare_chunk(
+    q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, start, size, chunk, head,
+    HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     EXACT: tl.constexpr = PRECISION == "ieee"
-    program = tl.program_id(0)
-    head = program % HEADS
-    chunk = (program // HEADS).to(tl.int64)
-    start, size = piece_of(borders_ptr, borders_stride, chunk)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     valid = rows < size
-    if MILD:
-        worst = 0.0
-        for key in tl.static_range(0, K, TILE):
-            each = load_rows(decay_ptr, start, head, HEADS, K, rows, key + tl.arange(0, TILE), valid)
-            worst = tl.maximum(worst, -tl.min(tl.sum(each, 0), 0))
-        tl.store(fades_ptr + chunk * HEADS + head, worst)
-        # A NaN is not mild, so that it gets where it belongs.
-        mine = worst < LIMIT
-    else:
-        mine = not _fades_mildly(fades_ptr, chunk, 1, head, HEADS, LIMIT)
-    if not mine:
-        return
     dtype = k_ptr.dtype.element_ty
-    products = tl.zeros((CHUNK, CHUNK), tl.float32)
-    own = tl.zeros((CHUNK,), tl.float32)
-    for key in tl.static_range(0, K, TILE):
+    worst = 0.0
+    if products_ptr is not None:
+        products = tl.zeros((CHUNK, CHUNK), tl.float32)
+        own = tl.zeros((CHUNK,), tl.float32)
+    for key in range(0, K, TILE):
         keys = key + tl.arange(0, TILE)
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         summed, total = _sums(decay_ptr, start, head, HEADS, K, rows, keys, valid, EXACT)
         if MILD:
-            up, down, half = _around_middle(summed, total)
+            worst = tl.maximum(worst, -tl.min(total.to(tl.float32), 0))
+        if MILD and products_ptr is not None:
+            up, down, half = _around_middle(summed, total, LIMIT)
             q_up, k_down = q * up, k * down
             reads, writes = q_up * half, k_down * half
             met = tl.dot(q_up.to(dtype), tl.trans(k_down.to(dtype)), input_precision=PRECISION)
-            products += tl.where(rows[:, None] > rows[None, :], met, 0.0)
+            products += tl.where(rows[:, None] >= rows[None, :], met, 0.0)
         else:
-            reads, writes = q * _fade(summed), k * _fade(total[None, :] - summed)
-            products += _halved_products(q, k, summed, dtype, CHUNK, TILE, LEVELS, PRECISION)
+            kept = _fade(summed)
+            reads, writes = q * kept, k * _fade(total[None, :] - summed)
+            if products_ptr is not None:
+                products += _halved_products(q, k, summed, dtype, CHUNK, TILE, LEVELS, PRECISION)
+                # A token's own pair is the larger part of what it reads where decays are strong.
+                own += tl.sum(q * k, 1)
+            if kept_ptr is not None:
+                store_rows(kept_ptr, kept, start, head, HEADS, K, rows, keys, valid)
         store_rows(reads_ptr, reads, start, head, HEADS, K, rows, keys, valid)
         store_rows(writes_ptr, writes, start, head, HEADS, K, rows, keys, valid)
         tl.store(totals_ptr + (chunk * HEADS + head) * K + keys, total.to(tl.float32), mask=keys < K)
-        own += tl.sum(q * k, 1)
-    products = tl.where(rows[:, None] == rows[None, :], own[:, None], products)
-    store_rows(products_ptr, products, start, head, HEADS, CHUNK, rows, rows, valid)
+    if MILD:
+        tl.store(fades_ptr + chunk * HEADS + head, worst)
+    if products_ptr is not None:
+        if not MILD:
+            products = tl.where(rows[:, None] == rows[None, :], own[:, None], products)
+        store_rows(products_ptr, products, start, head, HEADS, CHUNK, rows, rows, valid)
+
+
+@triton.jit
+def prepare_kernel(
+    q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, borders_ptr,
+    borders_stride, num_units, num_programs, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A null pointer leaves P or e^G out.
+
+    A program takes one (chunk, head) as if it were mild if MILD, and says whether it was. Else it looks for harsh ones among
+    many, and makes them anew.
+    """
+    if MILD:
+        unit = tl.program_id(0)
+        chunk = (unit // HEADS).to(tl.int64)
+        start, size = piece_of(borders_ptr, borders_stride, chunk)
+        _prepare_chunk(
+            q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, start, size, chunk,
+            unit % HEADS, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
+        )  # fmt: skip
+    else:
+        program = tl.program_id(0)
+        if _some_fade_harshly(fades_ptr, program, num_units, num_programs, 1, LIMIT):
+            for step in range(tl.cdiv(num_units - program, num_programs)):
+                unit = program + step * num_programs
+                chunk = (unit // HEADS).to(tl.int64)
+                start, size = piece_of(borders_ptr, borders_stride, chunk)
+                if _fades_harshly(fades_ptr, unit, LIMIT):
+                    _prepare_chunk(
+                        q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, start,
+                        size, chunk, unit % HEADS, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -195,6 +229,7 @@ def walk_kernel(
     totals_ptr,
     chunks_ptr,
     o_ptr,
+    states_ptr,
     initial_ptr,
     final_ptr,
     piece_totals_ptr,
@@ -202,18 +237,18 @@ def walk_kernel(
     borders_stride,
     order_ptr,
     scale,
-    state_scale,
     HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     CHUNK: tl.constexpr,
     K_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    STORES: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out. A scale on what is written stands outside the walk, which is linear in its start and
-    in v: on the reads, and on the initial and final state.
+    """A null pointer leaves its part out; `states`, which it STORES, are those that chunks begin with, in the walk's
+    direction.
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
     program = tl.program_id(0)
@@ -229,7 +264,7 @@ def walk_kernel(
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
     if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / state_scale
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
     else:
         state = tl.zeros((K_BLOCK, TILE), tl.float32)
     if piece_totals_ptr is not None:
@@ -239,6 +274,9 @@ def walk_kernel(
         chunk = num_chunks - 1 - step if REVERSE else step
         first = start + chunk * CHUNK
         valid = rows < size - chunk * CHUNK
+        if STORES:
+            at = state_offsets(first_chunk + chunk, head, HEADS, keys, values, K, V, False)
+            tl.store(states_ptr + at, state.to(dtype), mask=in_state)
         v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
         writes = load_rows(writes_ptr, first, head, HEADS, K, rows, keys, valid)
         total = tl.load(totals_ptr + ((first_chunk + chunk) * HEADS + head) * K + keys, mask=keys < K, other=0.0)
@@ -256,171 +294,127 @@ def walk_kernel(
         state *= tl.exp(total)[:, None]
         state = tl.dot(tl.trans(writes), v, acc=state, input_precision=PRECISION)
     if final_ptr is not None:
-        tl.store(final_ptr + state_at, state_scale * state, mask=in_state)
+        tl.store(final_ptr + state_at, state, mask=in_state)
     if piece_totals_ptr is not None:
         if tile == 0:
             tl.store(piece_totals_ptr + (piece * HEADS + head) * K + keys, all_decay, mask=keys < K)
 
 
 @triton.jit
-def keys_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    decay_ptr,
-    dk_ptr,
-    written_ptr,
-    initial_ptr,
-    fades_ptr,
-    chunks_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    scale,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    MILD: tl.constexpr,
-    LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    EXACT: tl.constexpr = PRECISION == "ieee"
-    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
-    num_chunks = tl.cdiv(size, CHUNK)
-    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, LIMIT) != MILD:
-        return
-    k_head = head // (HEADS // K_HEADS)
-    rows = tl.arange(0, CHUNK)
-    values = tl.arange(0, V_BLOCK)
-    keys = tile * TILE + tl.arange(0, TILE)
-    dtype = v_ptr.dtype.element_ty
-    if initial_ptr is not None:
-        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
-        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
+def _summed_before(x, later, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """The sum of the rows before each row, in float32."""
+    if tl.bfloat16 == DTYPE:
+        # As two products, each exact but for its additions: a row's 16 leading bits are two numbers of 8. They stay in the
+        # registers of products, where a scan along the rows would want others.
+        pairs = tl.where(later, 1.0, 0.0).to(DTYPE)
+        high = x.to(DTYPE)
+        low = (x - high.to(tl.float32)).to(DTYPE)
+        total = tl.dot(pairs, low, acc=tl.dot(pairs, high))
     else:
-        state = tl.zeros((V_BLOCK, TILE), tl.float32)
-    for step in range(num_chunks):
-        chunk = num_chunks - 1 - step
-        first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
-        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
-        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
-        q = scale * load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
-        summed, total = _sums(decay_ptr, first, head, HEADS, K, rows, keys, valid, EXACT)
-        pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
-        if MILD:
-            up, down, half = _around_middle(summed, total)
-            near = tl.where(rows[:, None] < rows[None, :], pairs, 0.0).to(dtype)
-            asked = (q * up).to(dtype)
-            state *= half
-            dk = tl.dot(v, state.to(dtype), input_precision=PRECISION)
-            dk = down * tl.dot(near, asked, acc=dk, input_precision=PRECISION)
-            state = half * tl.dot(tl.trans(do), asked, acc=state, input_precision=PRECISION)
-        else:
-            dk = tl.dot(v, state.to(dtype), input_precision=PRECISION) * _fade(total[None, :] - summed)
-            dk += _halved_sum(pairs, q, summed, True, dtype, CHUNK, TILE, LEVELS, PRECISION)
-            state *= tl.exp(total.to(tl.float32))[None, :]
-            state = tl.dot(tl.trans(do), (q * _fade(summed)).to(dtype), acc=state, input_precision=PRECISION)
-        store_rows(written_ptr, k * dk, first, head, HEADS, K, rows, keys, valid)
-        store_rows(dk_ptr, dk + own[:, None] * q, first, head, HEADS, K, rows, keys, valid)
+        # In float64 where results are float32, as the decays are.
+        WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+        wide = x.to(WIDE)
+        total = (tl.cumsum(wide, 0) - wide).to(tl.float32)
+    return total
 
 
 @triton.jit
-def queries_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    decay_ptr,
-    written_ptr,
-    dq_ptr,
-    ddecay_ptr,
-    initial_ptr,
-    at_start_ptr,
-    fades_ptr,
-    chunks_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    scale,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    MILD: tl.constexpr,
-    LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _chunk_gradients(
+    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr, dk_ptr,
+    d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, scale, unit, HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr,
+    MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of channels of one (chunk, head), if it is as mild as MILD says."""
     EXACT: tl.constexpr = PRECISION == "ieee"
     NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
-    num_chunks = tl.cdiv(size, CHUNK)
-    if _fades_mildly(fades_ptr, tl.load(chunks_ptr + piece), num_chunks, head, HEADS, LIMIT) != MILD:
-        return
-    k_head = head // (HEADS // K_HEADS)
-    rows = tl.arange(0, CHUNK)
-    values = tl.arange(0, V_BLOCK)
-    keys = tile * TILE + tl.arange(0, TILE)
-    dtype = v_ptr.dtype.element_ty
-    # What crosses the next token. Summed in float64 where results are float32, as the decays are.
-    SUM_DTYPE: tl.constexpr = tl.float64 if EXACT else tl.float32
-    crossing = tl.zeros((TILE,), SUM_DTYPE)
-    if initial_ptr is not None:
-        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
-        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
-        crossing += tl.load(at_start_ptr + (piece * HEADS + head) * K + keys, mask=keys < K, other=0.0).to(SUM_DTYPE)
-    else:
-        state = tl.zeros((V_BLOCK, TILE), tl.float32)
-    for chunk in range(num_chunks):
-        first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
-        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
-        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
-        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
-        summed, total = _sums(decay_ptr, first, head, HEADS, K, rows, keys, valid, EXACT)
-        pairs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        own = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
+    tile = unit % NUM_TILES
+    head = (unit // NUM_TILES) % HEADS
+    chunk = (unit // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, chunk)
+    # Of an empty segment no walk has stored a state.
+    if (size > 0) & (_fades_harshly(fades_ptr, chunk * HEADS + head, LIMIT) != MILD):
+        k_head = head // (HEADS // K_HEADS)
+        rows = tl.arange(0, CHUNK)
+        keys = tile * TILE + tl.arange(0, TILE)
+        valid = rows < size
+        dtype = v_ptr.dtype.element_ty
+        later = rows[:, None] > rows[None, :]
+        earlier = rows[:, None] < rows[None, :]
+        same = rows[:, None] == rows[None, :]
+        asked_of, asked_by = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
+        dq, dk = tl.zeros((CHUNK, TILE), tl.float32), tl.zeros((CHUNK, TILE), tl.float32)
+        overlap = tl.zeros((TILE,), tl.float32)
+        for first in range(0, V, COLUMNS):
+            values = first + tl.arange(0, COLUMNS)
+            state_at = state_offsets(chunk, head, HEADS, keys, values, K, V, False)
+            in_state = (keys < K)[:, None] & (values < V)[None, :]
+            state = tl.load(states_ptr + state_at, mask=in_state, other=0.0)
+            d_state = tl.load(d_states_ptr + state_at, mask=in_state, other=0.0)
+            v = load_rows(v_ptr, start, head, HEADS, V, rows, values, valid)
+            do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
+            overlap += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
+            asked_of = tl.dot(do, tl.trans(v), acc=asked_of, input_precision=PRECISION)
+            asked_by = tl.dot(v, tl.trans(do), acc=asked_by, input_precision=PRECISION)
+            dq = tl.dot(do, tl.trans(state), acc=dq, input_precision=PRECISION)
+            dk = tl.dot(v, tl.trans(d_state), acc=dk, input_precision=PRECISION)
+        own = scale * tl.sum(tl.where(same, asked_of, 0.0), 1)
+        total = tl.load(totals_ptr + (chunk * HEADS + head) * K + keys, mask=keys < K, other=0.0)
+        crossing = tl.exp(total) * overlap
         if MILD:
-            up, down, half = _around_middle(summed, total)
-            near = tl.where(rows[:, None] > rows[None, :], pairs, 0.0).to(dtype)
-            kept = (k * down).to(dtype)
-            state *= half
-            dq = tl.dot(do, state.to(dtype), input_precision=PRECISION)
-            dq = up * tl.dot(near, kept, acc=dq, input_precision=PRECISION)
-            state = half * tl.dot(tl.trans(v), kept, acc=state, input_precision=PRECISION)
+            reads = load_rows(reads_ptr, start, head, HEADS, K, rows, keys, valid)
+            writes = load_rows(writes_ptr, start, head, HEADS, K, rows, keys, valid)
+            crossing += tl.sum(reads.to(tl.float32) * dq, 0)
+            undone = tl.exp(-total)[None, :]
+            dq += undone * tl.dot(tl.where(later, asked_of, 0.0).to(dtype), writes, input_precision=PRECISION)
+            dk += undone * tl.dot(tl.where(earlier, asked_by, 0.0).to(dtype), reads, input_precision=PRECISION)
+            change = writes.to(tl.float32) * dk - reads.to(tl.float32) * dq
+            kept = load_rows(kept_ptr, start, head, HEADS, K, rows, keys, valid).to(tl.float32)
+            dq *= kept
+            # Outside of the tensor it is 0.
+            dk *= tl.exp(total)[None, :] / tl.where(kept > 0, kept, 1.0)
+            q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+            k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         else:
-            dq = tl.dot(do, state.to(dtype), input_precision=PRECISION) * _fade(summed)
-            dq += _halved_sum(pairs, k, summed, False, dtype, CHUNK, TILE, LEVELS, PRECISION)
-            state *= tl.exp(total.to(tl.float32))[None, :]
-            keep = (k * _fade(total[None, :] - summed)).to(dtype)
-            state = tl.dot(tl.trans(v), keep, acc=state, input_precision=PRECISION)
-        dq *= scale
-        written = load_rows(written_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
-        change = (written - q * dq).to(SUM_DTYPE)
-        store_rows(
-            ddecay_ptr, crossing[None, :] + tl.cumsum(change, 0) - change, first, head, HEADS, K, rows, keys, valid
-        )
-        crossing += tl.sum(change, 0)
-        store_rows(dq_ptr, dq + (scale * own)[:, None] * k, first, head, HEADS, K, rows, keys, valid)
+            q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+            k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
+            summed, exact = _sums(decay_ptr, start, head, HEADS, K, rows, keys, valid, EXACT)
+            dq *= _fade(summed)
+            crossing += tl.sum(q * dq, 0)
+            dq += _halved_sum(asked_of, k, summed, False, dtype, CHUNK, TILE, LEVELS, PRECISION)
+            dk *= _fade(exact[None, :] - summed)
+            dk += _halved_sum(asked_by, q, summed, True, dtype, CHUNK, TILE, LEVELS, PRECISION)
+            change = k * dk - q * dq
+        store_rows(dq_ptr, scale * dq + own[:, None] * k, start, head, HEADS, K, rows, keys, valid)
+        store_rows(dk_ptr, scale * dk + own[:, None] * q, start, head, HEADS, K, rows, keys, valid)
+        d_decay = scale * (crossing[None, :] + _summed_before(change, later, dtype, PRECISION))
+        store_rows(d_decay_ptr, d_decay, start, head, HEADS, K, rows, keys, valid)
+
+
+@triton.jit
+def gradients_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr, dk_ptr,
+    d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, num_units, num_programs, scale, HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All is linear in do, and `d_states` are without the scale, so it stands outside: on what is stored.
+
+    A program takes a tile of channels of one (chunk, head) if MILD; else it looks for harsh ones among many.
+    """
+    program = tl.program_id(0)
+    if MILD:
+        _chunk_gradients(
+            q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr, dk_ptr,
+            d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, scale, program, HEADS, K_HEADS, K, V, CHUNK,
+            COLUMNS, TILE, LEVELS, MILD, LIMIT, PRECISION,
+        )  # fmt: skip
+    else:
+        TILES: tl.constexpr = (K + TILE - 1) // TILE
+        if _some_fade_harshly(fades_ptr, program, num_units, num_programs, TILES, LIMIT):
+            for step in range(tl.cdiv(num_units - program, num_programs)):
+                _chunk_gradients(
+                    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr,
+                    dk_ptr, d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, scale,
+                    program + step * num_programs, HEADS, K_HEADS, K, V, CHUNK, COLUMNS, TILE, LEVELS, MILD, LIMIT, PRECISION,
+                )  # fmt: skip

@@ -5,6 +5,7 @@ An operator takes and returns tensors, numbers and strings. What is not made is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
 def _kind(name: str, *given: Any) -> tuple[Any, ...]:
     """What a call's kernels are compiled for: of tensors the dtype and the sizes but for the number of tokens or segments."""
     return (name, *((x.dtype, x.shape[1:], x.requires_grad) if isinstance(x, Tensor) else x for x in given))
+
+
+def _wants_gradients(given: Iterable[Tensor | None]) -> bool:
+    """Whether a backward pass may come, which what is kept is for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -159,50 +165,65 @@ differentiable(_scalar, _keep_for_scalar, _scalar_gradients, ahead=False)
 @operator("gla")
 def _vector(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor,
-    max_length: int, dense: bool, scale: float, want_final: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    max_length: int, dense: bool, scale: float, want_final: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ragged = Ragged(cu_seqlens, max_length, dense)
 
     def forward() -> Any:
         return gla.forward(q, k, v, log_decay, initial_state, ragged, scale=scale, want_final=want_final)
 
     def both() -> None:
-        starts = forward().starts
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            gla.backward(torch.empty_like(v), None, q, k, v, log_decay, initial_state, starts, ragged, scale=scale)
+        made = forward()
+        if keep:
+            gla.backward(
+                torch.empty_like(v),
+                None,
+                q,
+                k,
+                v,
+                log_decay,
+                initial_state,
+                made.starts,
+                made.products,
+                ragged,
+                scale=scale,
+            )
 
     with torch.cuda.device_of(v):
-        compile_ahead(v.device, _kind("gla", q, k, v, log_decay, initial_state, dense, want_final), both)
+        compile_ahead(v.device, _kind("gla", q, k, v, log_decay, initial_state, dense, want_final, keep), both)
         made = forward()
-    return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
+    starts, products = (made.starts, made.products) if keep else (None, None)
+    return made.output, _or_empty(made.final_state, v), _or_empty(starts, v), _or_empty(products, v)
 
 
 @torch.library.register_fake("linear_moe::gla")
-def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final):
+def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final, keep):
     ragged = Ragged(cu_seqlens, max_length, dense)
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
-        _states_like(k, v, _pieces(v, ragged, gla.piece_length(k, v, ragged))),
+        _states_like(k, v, _pieces(v, ragged, gla.piece_length(k, v, ragged)) if keep else None),
+        k.new_empty(*v.shape[:2], gla.chunk_length(k, v)) if keep else _or_empty(None, v),
     )
 
 
 @operator("gla_backward")
 def _vector_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, products: Tensor, max_length: int, dense: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
         made = gla.backward(
-            d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
-            scale=scale,
+            d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), products,
+            Ragged(cu_seqlens, max_length, dense), scale=scale,
         )  # fmt: skip
     assert made.log_decay is not None
     return made.q, made.k, made.v, made.log_decay, _or_empty(made.initial_state, v)
 
 
 @torch.library.register_fake("linear_moe::gla_backward")
-def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, max_length, dense, scale):
+def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, products, max_length, dense, scale):
     return (
         *(torch.empty_like(x) for x in (q, k, v, log_decay)),
         _or_empty(None, v) if initial_state is None else torch.empty_like(initial_state),
@@ -210,17 +231,17 @@ def _(d_output, d_final, q, k, v, log_decay, initial_state, cu_seqlens, starts, 
 
 
 def _keep_for_vector(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _vector_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, _: None) -> Tensors:
+def _vector_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -> Tensors:
     *gradients, d_initial = _vector_backward(
         *_given(ctx, d_output, d_final), *ctx.saved_tensors, ctx.max_length, ctx.dense,
         ctx.scale,
     )  # fmt: skip
-    return (*gradients, _or_none(d_initial), None, None, None, None, None)
+    return (*gradients, _or_none(d_initial), *(None,) * 6)
 
 
 differentiable(_vector, _keep_for_vector, _vector_gradients, ahead=False)
@@ -374,10 +395,10 @@ def scan(
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
         given = (q, k, v, log_decay, beta.float().contiguous(), initial_state)
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-        output, final_state, *_ = _delta(*given, *where, decay.value, keep)
+        output, final_state, *_ = _delta(*given, *where, decay.value, _wants_gradients(given))
     elif decay is Decay.VECTOR:
-        output, final_state, _ = _vector(q, k, v, log_decay, initial_state, *where)
+        keep = _wants_gradients((q, k, v, log_decay, initial_state))
+        output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:
         output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value)
     return output, final_state if return_final_state else None

@@ -70,9 +70,9 @@ class ScanWork:
         if self.form.decay is Decay.VECTOR:
             kernels = {
                 "prepare": (gla_walks.prepare_kernel, {"K": K}),
-                "walk": (gla_walks.walk_kernel, sizes),
-                "keys": (gla_walks.keys_kernel, sizes),
-                "queries": (gla_walks.queries_kernel, sizes),
+                "walk": (gla_walks.walk_kernel, {**sizes, "STORES": False}),
+                "states": (gla_walks.walk_kernel, {**sizes, "STORES": True}),
+                "gradients": (gla_walks.gradients_kernel, sizes),
             }
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:

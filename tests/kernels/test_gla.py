@@ -61,35 +61,48 @@ CLEAN = {"harsh": HARSH, "mild": MILD, "cut": CUT, "heads": HEADS}
 BUGS = {
     "a mask dropped": (
         HARSH,
-        Bug(gla_walks, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=3),
+        Bug(gla_walks, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk"),
     ),
-    "a mask of pairs dropped": (HARSH, Bug(gla_walks, "valid = rows < size\n", "valid = rows < size + 2\n")),
-    "a causal mask dropped": (MILD, Bug(gla_walks, "tl.where(rows[:, None] > rows[None, :], met, 0.0)", "met")),
+    "a mask of pairs dropped": (
+        HARSH,
+        Bug(gla_walks, "valid = rows < size\n", "valid = rows < size + 2\n", count=2),
+    ),
+    "a causal mask dropped": (MILD, Bug(gla_walks, "tl.where(rows[:, None] >= rows[None, :], met, 0.0)", "met")),
     "a causal mask of gradients dropped": (
         MILD,
-        Bug(gla_walks, "tl.where(rows[:, None] > rows[None, :], pairs, 0.0)", "pairs"),
+        Bug(gla_walks, "tl.where(later, asked_of, 0.0)", "asked_of"),
     ),
     "a harsh chunk's causal mask dropped": (HARSH, Bug(gla_walks, " & (earlier % (2 * WIDTH) < WIDTH)", "")),
     "a level of halves forgotten": (
         HARSH,
         Bug(gla_walks, "tl.static_range(LEVELS)", "tl.static_range(LEVELS - 1)", count=2),
     ),
-    "key heads taken in turn": (HEADS, Bug(gla_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=3)),
+    "key heads taken in turn": (HEADS, Bug(gla_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=2)),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
     "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
     "decay off by one position": (
         HARSH,
         Bug(gla_walks, "return tl.cumsum(each, 0),", "return tl.cumsum(each, 0) - each,"),
     ),
-    "gradients decay as outputs do": (MILD, Bug(gla_walks, "asked = (q * up)", "asked = (q * down)")),
+    "gradients decay as outputs do": (MILD, Bug(gla_walks, "dq *= kept", "dk *= kept")),
     "the state does not fade": (HARSH, Bug(gla_walks, "state *= tl.exp(total)[:, None]", "state *= 1.0")),
-    "the state does not fade in mild gradients": (MILD, Bug(gla_walks, "state *= half", "pass", count=2)),
-    "the state does not fade in harsh gradients": (
+    "what reads a state does not fade": (MILD, Bug(gla_walks, "dq *= kept", "pass")),
+    "what reads a state does not fade harshly": (HARSH, Bug(gla_walks, "dq *= _fade(summed)", "pass")),
+    "what is written to a state does not fade": (
+        MILD,
+        Bug(gla_walks, "dk *= tl.exp(total)", "dk = dk * 0 + tl.exp(total)"),
+    ),
+    "what is written to a state does not fade harshly": (
         HARSH,
-        Bug(gla_walks, "state *= tl.exp(total.to(tl.float32))[None, :]", "state *= 1.0", count=2),
+        Bug(gla_walks, "dk *= _fade(exact", "dk *= _fade(0 * exact"),
+    ),
+    "pairs of a chunk fade twice": (MILD, Bug(gla_walks, "dq += undone * ", "dq += ")),
+    "gradients from another chunk's state": (
+        HARSH,
+        Bug(gla_walks, "state_offsets(first_chunk + chunk,", "state_offsets(chunk,"),
     ),
     "the state is not added to": (HARSH, Bug(gla_walks, "(tl.trans(writes), v, acc=state,", "(tl.trans(writes), v,")),
-    "the state's scale forgotten": (HARSH, Bug(gla_walks, "state_scale * state, mask", "state, mask")),
+    "the state's scale forgotten": (HARSH, Bug(gla, "d_final / scale", "d_final")),
     "backwards as forwards": (HARSH, Bug(gla_walks, "num_chunks - 1 - step if REVERSE else step", "step")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
     "a split's carry fades by another channel": (CUT, Bug(join, "* K + numbers // V,", "* K + numbers % K,")),
@@ -99,10 +112,21 @@ BUGS = {
     ),
     "the decay's gradient one token late": (
         HARSH,
-        Bug(gla_walks, "tl.cumsum(change, 0) - change", "tl.cumsum(change, 0)"),
+        Bug(gla_walks, "tl.cumsum(wide, 0) - wide", "tl.cumsum(wide, 0)"),
     ),
-    "the decay's gradient without the start": (HARSH, Bug(gla_walks, "crossing += tl.load(", "tl.load(")),
-    "the decay's gradient not carried on": (HARSH, Bug(gla_walks, "crossing += tl.sum(change, 0)", "pass")),
+    "the decay's gradient without the state": (
+        HARSH,
+        Bug(gla_walks, "crossing = tl.exp(total) * ", "crossing = 0.0 * "),
+    ),
+    "the decay's gradient without what a chunk reads": (
+        HARSH,
+        Bug(gla_walks, "crossing += tl.sum(q * dq, 0)", "pass"),
+    ),
+    "the decay's gradient without what a mild chunk reads": (
+        MILD,
+        Bug(gla_walks, "crossing += tl.sum(reads.to(tl.float32) * dq, 0)", "pass"),
+    ),
+    "the decay's gradient without its tokens": (HARSH, Bug(gla_walks, "tl.cumsum(wide, 0) - wide", "0.0 * wide")),
 }
 
 

@@ -180,7 +180,7 @@ def arguments_of(
         entries += [(gated_deltanet.CHUNK_TABLE, (name, decay, x, dtype)) for name, x in (("solve", K), ("pairs", V))]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
     elif form.decay is Decay.VECTOR:
-        entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "keys", "queries")]
+        entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "states", "gradients")]
     else:
         entries += [(scalar_scan.TABLE, (decay, *way, dtype)) for way in ways]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
@@ -250,7 +250,7 @@ def test_passes_and_fakes_agree_under_findings(name: str, stored: bool, monkeypa
     case = Case(form, (106,), K=20, V=68 if name == "gla" else 36, rate=0.1)
     assert stored or piece_length(case) == 32
     tensors = {x: y.requires_grad_() for x, y in draw(case).items()}
-    last = ((form.decay.value, True) if "beta" in tensors else (form.decay.value,)) if name != "gla" else ()
+    last = (True,) if name == "gla" else (form.decay.value, True) if "beta" in tensors else (form.decay.value,)
     order = [x for x in ("q", "k", "v", "log_decay", "beta", "initial_state") if x in tensors]
 
     def forward(mode: FakeTensorMode | None = None) -> Any:

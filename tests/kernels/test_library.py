@@ -42,7 +42,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
     if "beta" in inputs:
         return (*qkv, decay, inputs["beta"], state, *rest, case.form.decay.value, True)
     if case.form.decay is Decay.VECTOR:
-        return (*qkv, decay, state, *rest)
+        return (*qkv, decay, state, *rest, True)
     return (*qkv, decay, state, *rest, case.form.decay.value)
 
 
