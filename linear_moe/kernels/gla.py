@@ -35,8 +35,6 @@ MILDEST = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 4.0}
 """A chunk in which no channel fades by more than e^60 is multiplied out around half of its fading: two exponentials a number,
 none above e^30. float16 has less range; in float32 an exponent's own rounding must stay below that of its exponential.
 """
-
-
 COLUMNS = 64
 """Value channels that gradients take at a time."""
 HARSH_PROGRAMS = 4

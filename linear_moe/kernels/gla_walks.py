@@ -36,7 +36,7 @@ UNITS_BLOCK = tl.constexpr(64)
 
 @triton.jit
 def _fades_harshly(fades_ptr, unit, LIMIT: tl.constexpr):
-    """Whether a channel of a (chunk, head) fades by more than is safe to undo. A NaN does: it gets where it belongs."""
+    """Whether a channel of a (chunk, head) fades by more than is safe to undo."""
     return not (tl.load(fades_ptr + unit) < LIMIT)
 
 
@@ -159,7 +159,8 @@ def _prepare_chunk(
         k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         summed, total = _sums(decay_ptr, start, head, HEADS, K, rows, keys, valid, EXACT)
         if MILD:
-            worst = tl.maximum(worst, -tl.min(total.to(tl.float32), 0))
+            # A NaN is harsh, so that it gets where it belongs.
+            worst = tl.maximum(worst, tl.max(tl.where(total > -LIMIT, -total, LIMIT).to(tl.float32), 0))
         if MILD and products_ptr is not None:
             up, down, half = _around_middle(summed, total, LIMIT)
             q_up, k_down = q * up, k * down
