@@ -64,10 +64,13 @@ def differentiable(
     function = _FUNCTIONS[operator]
     listed = any(str(result.type) == "List[Tensor]" for result in operator._schema.returns)
 
-    def run(keys: Any, arguments: Sequence[Any]) -> Any:
+    def run(keys: Any, arguments: Sequence[Any], *, learns: bool) -> Any:
         below = keys & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
             if below.highestPriorityTypeId() in _PLAIN:
+                if learns and ahead:
+                    device = next(x.device for x in arguments if isinstance(x, Tensor))
+                    compile_ahead(device, operator, lambda: both(tuple(arguments)))
                 return function(*arguments)
             return operator.redispatch(below, *arguments)
 
@@ -83,10 +86,7 @@ def differentiable(
         @staticmethod
         def forward(ctx: Any, *given: Any) -> Any:
             *arguments, keys = given
-            if ahead:
-                device = next(x.device for x in arguments if isinstance(x, Tensor))
-                compile_ahead(device, operator, lambda: both(tuple(arguments)))
-            result = run(keys, arguments)
+            result = run(keys, arguments, learns=True)
             keep(ctx, tuple(arguments), result)
             return tuple(result) if listed else result
 
@@ -96,7 +96,7 @@ def differentiable(
 
     def call(keys: Any, *arguments: Any) -> Any:
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return run(keys, arguments)
+            return run(keys, arguments, learns=False)
         result = Differentiable.apply(*arguments, keys)
         return list(result) if listed else result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ def test_a_layers_operators_go_through_both_passes_first(monkeypatch: pytest.Mon
     wanted, gone_through = gradients(), []
 
     def go(device: torch.device, key: Any, passes: Callable[[], object]) -> None:
-        passes()
+        with warnings.catch_warnings():
+            # Numbers that nothing has made yet overflow.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            passes()
         gone_through.append(key._schema.name.removeprefix("linear_moe::"))
 
     for module in (operator, router_operator, mixing):
@@ -92,6 +96,24 @@ def test_a_layers_operators_go_through_both_passes_first(monkeypatch: pytest.Mon
     for made, same in zip(gradients(), wanted, strict=True):
         assert torch.equal(made, same)
     assert gone_through == ["route", "slot_plan", "slot_convs", "combine"]
+
+
+# torch traces its autograd functions so.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@in_the_interpreter
+def test_a_trace_compiles_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are fake, and it may be the first that happens to an operator."""
+    layer = MoMLayer(16, num_memories=3, num_heads=2, head_dim=8, impl="triton")
+    x = torch.randn(2, 5, 16)
+    wanted = torch.autograd.grad(layer(x).square().sum(), [*layer.parameters()])
+    passes: list[Any] = []
+    for module in (operator, router_operator):
+        monkeypatch.setattr(module, "compile_ahead", lambda *arguments: passes.append(arguments))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for made, same in zip(torch.autograd.grad(compiled(x).square().sum(), [*layer.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(made, same)
+    assert not passes
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu
