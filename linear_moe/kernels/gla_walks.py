@@ -304,7 +304,7 @@ def walk_kernel(
 @triton.jit
 def _summed_before(x, later, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """The sum of the rows before each row, in float32."""
-    if tl.bfloat16 == DTYPE:
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         # As two products, each exact but for its additions: a row's 16 leading bits are two numbers of 8. They stay in the
         # registers of products, where a scan along the rows would want others.
         pairs = tl.where(later, 1.0, 0.0).to(DTYPE)
