@@ -321,10 +321,12 @@ def backward(
         prepared.reads, d_output, prepared, splits, starts=reverse_starts, reads=prepared.writes, output=dv, scale=scale,
         states=d_states, final=d_starts, reverse=True,
     )  # fmt: skip
-    # A key head's gradient is the sum over the value heads that share it, in float32.
+    # In the memory of what they are made of: a program alone reads its tiles, all before it stores any.
+    dq, dk = prepared.reads, prepared.writes
     shared = k.shape[1] != heads
-    dtype = torch.float32 if shared else k.dtype
-    dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
+    if shared:
+        # A key head's gradient is the sum over the value heads that share it, in float32.
+        dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=torch.float32, device=k.device) for _ in range(2))
     d_decay = torch.empty_like(log_decay)
     launch = TABLE.pick(v.device, "gradients", key_dim, value_dim, k.dtype)
     tile = tile_of(key_dim, launch.tile, k.dtype)

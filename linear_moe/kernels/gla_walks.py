@@ -399,7 +399,8 @@ def gradients_kernel(
     K_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All is linear in do, and `d_states` are without the scale, so it stands outside: on what is stored.
+    """All is linear in do, and `d_states` are without the scale, so it stands outside: on what is stored. `dq` and `dk` may be
+    `reads` and `writes`.
 
     A program takes a tile of channels of one (chunk, head) if MILD; else it looks for harsh ones among many.
     """
