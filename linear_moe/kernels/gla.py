@@ -155,8 +155,11 @@ def _prepare(
     fades = totals.new_empty(chunks.num_pieces, heads)
     tile = tile_of(key_dim, launch.tile, k.dtype)
     units = chunks.num_pieces * heads
-    # All as if they were mild, then those that are not, anew. Without products they are the same.
-    for mild, programs in _passes(units, k.device)[: 1 if made is None else 2]:
+    passes = _passes(units, k.device)
+    if made is None:
+        # What is not P is made the same way for all.
+        passes = passes[:1]
+    for mild, programs in passes:
         launch_kernel(
             prepare_kernel, programs, q, k, log_decay, reads, writes, made, kept, totals, fades, chunks.borders,
             chunks.borders.stride(0), units, programs, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild,
@@ -210,6 +213,7 @@ def _walk(
         CHUNK=launch.chunk,
         K_BLOCK=block_of(key_dim),
         TILE=tile,
+        # As a constant too, by which a tuner tells launches apart.
         STORES=states is not None,
         REVERSE=reverse,
         PRECISION=precision_of(v.dtype),
@@ -272,16 +276,9 @@ def forward(
         piece_ends = new_states(splits.num_pieces, k, v)
     output = torch.empty_like(v)
     _walk(
-        prepared.writes,
-        v,
-        prepared,
-        splits,
-        starts=starts,
-        reads=prepared.reads,
-        output=output,
-        scale=scale,
+        prepared.writes, v, prepared, splits, starts=starts, reads=prepared.reads, output=output, scale=scale,
         final=piece_ends,
-    )
+    )  # fmt: skip
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else splits.ends(piece_ends)
@@ -336,7 +333,7 @@ def backward(
             gradients_kernel, programs, q, k, v, d_output, log_decay, prepared.reads, prepared.writes, prepared.kept, states,
             d_states, dq, dk, d_decay, prepared.totals, prepared.fades, chunks.borders, chunks.borders.stride(0),
             units, programs, scale, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, V=value_dim,
-            COLUMNS=min(COLUMNS, block_of(value_dim)), TILE=tile, MILD=mild, num_warps=launch.num_warps,
+            COLUMNS=tile_of(value_dim, COLUMNS, v.dtype), TILE=tile, MILD=mild, num_warps=launch.num_warps,
             num_stages=launch.num_stages, **_shared_constants(k, launch.chunk),
         )  # fmt: skip
     if not ragged.dense:

@@ -140,11 +140,15 @@ def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, ke
 
 @triton.jit
 def _prepare_chunk(
-    q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, start, size, chunk, head,
-    HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, borders_ptr,
+    borders_stride, unit, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Of one (chunk, head), as if it were as mild as MILD says; if so, how much it fades too."""
     EXACT: tl.constexpr = PRECISION == "ieee"
+    head = unit % HEADS
+    chunk = (unit // HEADS).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, chunk)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     valid = rows < size
@@ -199,25 +203,20 @@ def prepare_kernel(
     A program takes one (chunk, head) as if it were mild if MILD, and says whether it was. Else it looks for harsh ones among
     many, and makes them anew.
     """
+    program = tl.program_id(0)
     if MILD:
-        unit = tl.program_id(0)
-        chunk = (unit // HEADS).to(tl.int64)
-        start, size = piece_of(borders_ptr, borders_stride, chunk)
         _prepare_chunk(
-            q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, start, size, chunk,
-            unit % HEADS, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
+            q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, borders_ptr,
+            borders_stride, program, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
         )  # fmt: skip
     else:
-        program = tl.program_id(0)
         if _some_fade_harshly(fades_ptr, program, num_units, num_programs, 1, LIMIT):
             for step in range(tl.cdiv(num_units - program, num_programs)):
                 unit = program + step * num_programs
-                chunk = (unit // HEADS).to(tl.int64)
-                start, size = piece_of(borders_ptr, borders_stride, chunk)
                 if _fades_harshly(fades_ptr, unit, LIMIT):
                     _prepare_chunk(
-                        q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, start,
-                        size, chunk, unit % HEADS, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
+                        q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr,
+                        borders_ptr, borders_stride, unit, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
                     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ An operator takes and returns tensors, numbers and strings. What is not made is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from linear_moe.forms import Decay
 from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan
 from linear_moe.kernels.compile_ahead import compile_ahead
-from linear_moe.kernels.operator import differentiable, operator
+from linear_moe.kernels.operator import differentiable, operator, wants_gradients
 from linear_moe.kernels.splits import Ragged
 
 Tensors = tuple[Tensor, ...]
@@ -42,11 +41,6 @@ def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
 def _kind(name: str, *given: Any) -> tuple[Any, ...]:
     """What a call's kernels are compiled for: of tensors the dtype and the sizes but for the number of tokens or segments."""
     return (name, *((x.dtype, x.shape[1:], x.requires_grad) if isinstance(x, Tensor) else x for x in given))
-
-
-def _wants_gradients(given: Iterable[Tensor | None]) -> bool:
-    """Whether a backward pass may come, which what is kept is for."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -176,18 +170,8 @@ def _vector(
         made = forward()
         if keep:
             gla.backward(
-                torch.empty_like(v),
-                None,
-                q,
-                k,
-                v,
-                log_decay,
-                initial_state,
-                made.starts,
-                made.products,
-                ragged,
-                scale=scale,
-            )
+                torch.empty_like(v), None, q, k, v, log_decay, initial_state, made.starts, made.products, ragged, scale=scale
+            )  # fmt: skip
 
     with torch.cuda.device_of(v):
         compile_ahead(v.device, _kind("gla", q, k, v, log_decay, initial_state, dense, want_final, keep), both)
@@ -395,9 +379,9 @@ def scan(
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
         given = (q, k, v, log_decay, beta.float().contiguous(), initial_state)
-        output, final_state, *_ = _delta(*given, *where, decay.value, _wants_gradients(given))
+        output, final_state, *_ = _delta(*given, *where, decay.value, wants_gradients(given))
     elif decay is Decay.VECTOR:
-        keep = _wants_gradients((q, k, v, log_decay, initial_state))
+        keep = wants_gradients((q, k, v, log_decay, initial_state))
         output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:
         output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value)

@@ -5,6 +5,7 @@ An operator takes and returns tensors and numbers. What is not made is an empty 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,10 @@ from linear_moe.kernels.slot_plan import SlotPlan
 def _plan(
     memory: Tensor, sequence: Tensor, num_states: int, num_sequences: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sort = functools.partial(slot_plan.sort, memory, sequence, num_states, num_sequences)
     with torch.cuda.device_of(memory):
-        compile_ahead(memory.device, _plan, lambda: slot_plan.sort(memory, sequence, num_states, num_sequences))
-        return tuple(slot_plan.sort(memory, sequence, num_states, num_sequences))  # type: ignore[return-value]
+        compile_ahead(memory.device, _plan, sort)
+        return tuple(sort())  # type: ignore[return-value]
 
 
 @torch.library.register_fake("linear_moe::slot_plan")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,12 +95,17 @@ def differentiable(
             return (*(gradients(ctx, list(d_results)) if listed else gradients(ctx, *d_results)), None)
 
     def call(keys: Any, *arguments: Any) -> Any:
-        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        if not wants_gradients(arguments):
             return run(keys, arguments, learns=False)
         result = Differentiable.apply(*arguments, keys)
         return list(result) if listed else result
 
     _LIBRARY.impl(operator._schema.name.partition("::")[2], call, "Autograd", with_keyset=True)
+
+
+def wants_gradients(arguments: Iterable[Any]) -> bool:
+    """Whether a backward pass may come of a call."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 class _Kept:

@@ -72,10 +72,14 @@ def test_each_kind_is_gone_through_once_and_none_on_a_cpu(monkeypatch: pytest.Mo
     assert done == ["a", "b", "a"]
 
 
+def mixture() -> MoMLayer:
+    return MoMLayer(16, num_memories=3, num_heads=2, head_dim=8, impl="triton")
+
+
 @in_the_interpreter
 def test_a_layers_operators_go_through_both_passes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they go through is complete, changes nothing, and is no part of autograd's graph."""
-    layer = MoMLayer(16, num_memories=3, num_heads=2, head_dim=8, impl="triton")
+    layer = mixture()
     x = torch.randn(2, 5, 16)
 
     def gradients() -> list[torch.Tensor]:
@@ -103,7 +107,7 @@ def test_a_layers_operators_go_through_both_passes_first(monkeypatch: pytest.Mon
 @in_the_interpreter
 def test_a_trace_compiles_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tensors are fake, and it may be the first that happens to an operator."""
-    layer = MoMLayer(16, num_memories=3, num_heads=2, head_dim=8, impl="triton")
+    layer = mixture()
     x = torch.randn(2, 5, 16)
     wanted = torch.autograd.grad(layer(x).square().sum(), [*layer.parameters()])
     passes: list[Any] = []
@@ -114,6 +118,14 @@ def test_a_trace_compiles_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(made, same)
     assert not passes
     torch._dynamo.reset()
+
+
+def printed(code: str, cache: Path) -> list[str]:
+    """The words that code prints in a fresh process, with what was compiled before in `cache` alone."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 @pytest.mark.gpu
@@ -129,10 +141,7 @@ forward = list(compiled)
 output.sum().backward()
 print(len(forward), *compiled[len(forward):])
 """
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, *later = done.stdout.split()
+    first, *later = printed(code, tmp_path)
     assert int(first) >= 20
     assert not [name for name in later if name.endswith("backward_kernel")]
 
@@ -164,9 +173,6 @@ print(len(forward), *compiled[len(forward):])
 def test_a_backward_pass_compiles_nothing_of_its_own(rule: str, width: int, tmp_path: Path) -> None:
     """But small kernels, which are run as they are come to."""
     code = FIRST_CALL.replace("RULE", rule).replace("WIDTH", str(width))
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, *later = done.stdout.split()
+    first, *later = printed(code, tmp_path)
     assert int(first) >= 3
     assert not later
