@@ -32,12 +32,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: bool = False) -> Tensor:
-    """Each row of `x` times the matrix of its group.
+def grouped_linear(
+    x: Tensor, weight: Tensor, cu_groups: Tensor, *, bias: Tensor | None = None, covered: bool = False
+) -> Tensor:
+    """Each row of `x` times the matrix of its group, plus its bias.
 
     Args:
         x: `[S, I]`, rows sorted by group.
         weight: `[G, O, I]`.
+        bias: `[G, O]` or None.
         cu_groups: `[G + 1]` where each group's rows begin; rows past the last border get 0, and give no gradient.
         covered: whether it is known that there are none.
 
@@ -46,6 +49,11 @@ def grouped_linear(x: Tensor, weight: Tensor, cu_groups: Tensor, *, covered: boo
     """
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
+    if bias is not None:
+        # A column of the matrix for inputs that are 1: looked up by group, its gradient would be a sum over rows by an index.
+        width = _aligned_length(1, x)
+        x = torch.cat([x, x.new_ones(x.shape[0], width)], -1)
+        weight = torch.cat([weight, F.pad(bias.to(dtype)[..., None], (0, width - 1))], -1)
     taken = _grouped_mm_takes(x, weight)
     if taken:
         # Rows of a range of a projection's columns begin anywhere, and one row is contiguous wherever it begins.
@@ -169,9 +177,14 @@ def _rows_are_aligned(x: Tensor) -> bool:
 
 def _aligned_rows(x: Tensor) -> Tensor:
     """The same rows, of which each begins at a multiple of 16 bytes."""
-    apart = ALIGNMENT // x.element_size()
-    room = x.new_empty(x.shape[0], -(-x.shape[1] // apart) * apart)[:, : x.shape[1]]
+    room = x.new_empty(x.shape[0], _aligned_length(x.shape[1], x))[:, : x.shape[1]]
     return room.copy_(x)
+
+
+def _aligned_length(length: int, x: Tensor) -> int:
+    """At least so many numbers of `x`'s dtype, of which rows of so many begin at multiples of 16 bytes."""
+    apart = ALIGNMENT // x.element_size()
+    return -(-length // apart) * apart
 
 
 def routes_are_taken(tokens: Tensor, weight: Tensor) -> bool:

@@ -371,27 +371,32 @@ class RecurrentMixer(nn.Module, ABC):
             widths = [spec.first_width for spec in self.token_projections.values()]
             projected = gather_tokens(F.linear(tokens, self.token_weight), plan, fan_out)
             first |= dict(zip(self.token_projections, projected.split(widths, -1), strict=True))
-        return {name: self._finish(name, first[name], plan, cu_memories, covered) for name in self._names()}
+        return {name: self._finish(name, first[name], cu_memories, covered) for name in self._names()}
 
     def _names(self) -> tuple[str, ...]:
         return *self.memory_projections, *self.token_projections
 
-    def _finish(self, name: str, value: Tensor, plan: SlotPlan, cu_memories: Tensor, covered: bool) -> Tensor:
+    def _finish(self, name: str, value: Tensor, cu_memories: Tensor, covered: bool) -> Tensor:
         """A projection's second matrix and its bias."""
-        own = name in self.memory_projections
-        if name in self.second_stage:
-            second = self.second_stage[name]
-            value = self._memory_linear(value, second, cu_memories, covered) if own else F.linear(value, second[0])
-        if name in self.projection_bias:
-            bias = self.projection_bias[name]
-            value = value + (bias[self._memory_of_slots(plan, cu_memories)] if own else bias[0]).to(value.dtype)
-        return value
+        second, bias = self.second_stage.get(name), self.projection_bias.get(name)
+        if second is not None:
+            return self._memory_linear(value, second, cu_memories, covered, bias)
+        if bias is None:
+            return value
+        if bias.shape[0] == 1:
+            return value + bias.squeeze(0).to(value.dtype)
+        # Of inputs without a channel a matrix makes nothing but the bias.
+        none, no_input = value.new_empty(value.shape[0], 0), bias.new_empty(*bias.shape, 0)
+        return value + self._memory_linear(none, no_input, cu_memories, covered, bias).to(value.dtype)
 
-    def _memory_linear(self, x: Tensor, weight: Tensor, cu_memories: Tensor, covered: bool) -> Tensor:
-        if self.num_states == 1:
+    def _memory_linear(
+        self, x: Tensor, weight: Tensor, cu_memories: Tensor, covered: bool, bias: Tensor | None = None
+    ) -> Tensor:
+        """By the matrix of each slot's memory, or by one that is for all."""
+        if weight.shape[0] == 1:
             # Not by an index: the gradient of one is a copy into zeros.
-            return F.linear(x, weight.squeeze(0))
-        return grouped_linear(x, weight, cu_memories, covered=covered)
+            return F.linear(x, weight.squeeze(0), None if bias is None else bias.squeeze(0))
+        return grouped_linear(x, weight, cu_memories, bias=bias, covered=covered)
 
     def _convolves(self, name: str) -> bool:
         return name in self.convolved

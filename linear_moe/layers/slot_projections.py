@@ -114,7 +114,7 @@ def project_and_convolve(
                 raw[name] = gather_tokens(column, plan, fan_out, kernel=True)
     for name in raw:
         if not layer._convolves(name):
-            value = layer._finish(name, raw[name], plan, cu_memories, covered)
+            value = layer._finish(name, raw[name], cu_memories, covered)
             raw[name] = activate(value, layer.activations[name])
     return Projected(raw, gates, conv.carried(), made.gate)
 

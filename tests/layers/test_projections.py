@@ -55,6 +55,27 @@ def test_gradients_are_those_of_the_dense_answer(lengths: list[int], trailing: i
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@given(LENGTHS, st.integers(0, 3), st.sampled_from([4, 0]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_groups_bias_is_added_to_its_rows(dtype: torch.dtype, lengths: list[int], trailing: int, width: int) -> None:
+    """Without any input it is all there is."""
+    cu_groups = borders(lengths)
+    x = torch.randn(int(cu_groups[-1]) + trailing, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(len(lengths), 4, width, dtype=dtype, requires_grad=True)
+    bias = torch.randn(len(lengths), 4, dtype=dtype, requires_grad=True)
+    cotangent = torch.randn(x.shape[0], 4, dtype=dtype)
+    ones = torch.ones(x.shape[0], 1, dtype=dtype)
+    reference = dense(torch.cat([x, ones], -1), torch.cat([weight, bias[..., None]], -1), cu_groups)
+    reference = reference + 0 * (x.sum() + weight.sum() + bias.sum())
+    actual = grouped_linear(x, weight, cu_groups, bias=bias)
+    torch.testing.assert_close(actual, reference)
+    given = (x, weight, bias)
+    for one, other in zip(
+        torch.autograd.grad(actual, given, cotangent), torch.autograd.grad(reference, given, cotangent), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("lengths", [[3, 0, 5], [0, 0, 8], [8, 0, 0], [0, 0, 0]])
 def test_torchs_grouped_matmul_and_the_fallback_agree(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     cu_groups = borders(lengths)
