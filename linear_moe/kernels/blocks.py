@@ -20,6 +20,9 @@ DECAY_KINDS = {Decay.NONE: 0, Decay.HEAD: 1, Decay.SCALAR: 2}
 DECAY_NAMES = tuple(decay.value for decay in DECAY_KINDS)
 """By the same numbers."""
 
+LOG2E = tl.constexpr(1.4426950408889634)
+"""Kernels have sums of log decays to base 2: of a power of 2 an H100 makes one instruction, of e five."""
+
 ROWS_BLOCK = 64
 COLUMNS_BLOCK = 512
 
@@ -49,6 +52,16 @@ def part_of(borders_ptr, stride, part, PIECE: tl.constexpr, PART: tl.constexpr):
     start, size = piece_of(borders_ptr, stride, part // PARTS)
     before = (part % PARTS).to(tl.int32) * PART
     return start + before, tl.maximum(tl.minimum(size - before, PART), 0)
+
+
+@triton.jit
+def rows_left(size, done, ROWS: tl.constexpr, IN_FULL: tl.constexpr):
+    """How many of the next ROWS rows a piece of `size` has. IN_FULL: all of them, and the compiler leaves masks out."""
+    if IN_FULL:
+        left = ROWS
+    else:
+        left = tl.minimum(size - done, ROWS)
+    return left
 
 
 @triton.constexpr_function
@@ -111,19 +124,26 @@ def state_offsets(piece, head, HEADS: tl.constexpr, rows, columns, ROWS: tl.cons
 
 
 @triton.jit
+def to_base_2(log_decay):
+    # A number in the text would be a float32.
+    return log_decay * tl.full((), LOG2E, log_decay.dtype)
+
+
+@triton.jit
 def rate_of(decay_ptr, head, DECAY: tl.constexpr, PRECISION: tl.constexpr):
-    """The log decay of a head whose decay is constant, as exact as the results are to be."""
+    """The log decay, to base 2, of a head whose decay is constant, as exact as the results are to be."""
     rate = 0.0
     if DECAY == HEAD_DECAY:
         rate = tl.load(decay_ptr + head)
         if PRECISION == "ieee":
             rate = rate.to(tl.float64)
+        rate = to_base_2(rate)
     return rate
 
 
 @triton.jit
 def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY: tl.constexpr):
-    """Sums of the log decays up to each row of a chunk, and over its `num_rows` rows.
+    """Sums of the log decays, to base 2, up to each row of a chunk, and over its `num_rows` rows.
 
     `decay_ptr` holds them as `chunk_sums` makes them; a constant decay a head is `rate` a row.
     """
@@ -139,9 +159,15 @@ def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECA
 
 
 @triton.jit
-def pair_decays(later, earlier, seen):
-    """e^(later - earlier) of the seen pairs; 1 elsewhere, where the exponent would be positive and might overflow."""
-    return tl.exp(tl.where(seen, later - earlier, 0.0).to(tl.float32))
+def decay_of(summed):
+    """The decay that a sum of log decays is of."""
+    return tl.exp2(summed.to(tl.float32))
+
+
+@triton.jit
+def decay_between(later, earlier):
+    """The decay from one token to a later one; 1 where they come the other way round, and it might overflow."""
+    return tl.exp2(tl.minimum(later - earlier, 0.0).to(tl.float32))
 
 
 @triton.jit
@@ -200,7 +226,7 @@ def _by_head_kernel(
         if beta_ptr is not None:
             tl.store(by_head_ptr + by_head, tl.load(beta_ptr + by_token, mask=mask, other=0.0), mask=mask)
         if decay_ptr is not None:
-            each = tl.load(decay_ptr + by_token, mask=mask, other=0.0).to(sums_ptr.dtype.element_ty)
+            each = to_base_2(tl.load(decay_ptr + by_token, mask=mask, other=0.0).to(sums_ptr.dtype.element_ty))
             tl.store(sums_ptr + by_head, tl.cumsum(each, 0), mask=mask)
             if inner_ptr is not None:
                 inner = tl.cumsum(tl.reshape(each, (PIECE // CHUNK, CHUNK, BLOCK)), 1)
@@ -211,7 +237,7 @@ class GatesByHead(NamedTuple):
     """Gates as walks read them, a head's side by side: `[H, S]`. Of tokens in no piece they are anything."""
 
     sums: Tensor | None
-    """Of the log decays along every piece up to each token."""
+    """Of the log decays, to base 2, along every piece up to each token."""
     inner: Tensor | None
     """The same along every chunk."""
     beta: Tensor | None

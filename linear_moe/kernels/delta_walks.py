@@ -24,12 +24,14 @@ import triton.language as tl
 
 from linear_moe.kernels.blocks import (
     NO_DECAY,
+    decay_between,
+    decay_of,
     load_columns,
     load_rows,
-    pair_decays,
     part_of,
     piece_at,
     piece_of,
+    rows_left,
     state_offsets,
     store_rows,
     summed_decays,
@@ -117,6 +119,7 @@ def solve_kernel(
     LEVELS: tl.constexpr,
     K_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A null pointer leaves its part out."""
@@ -128,12 +131,13 @@ def solve_kernel(
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
-    valid = rows < size
+    num_rows = rows_left(size, 0, CHUNK, IN_FULL)
+    valid = rows < num_rows
     k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
     seen = rows[:, None] >= rows[None, :]
     if DECAY != NO_DECAY:
-        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY)
-        pairs = pair_decays(summed[:, None], summed[None, :], seen)
+        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
+        pairs = decay_between(summed[:, None], summed[None, :])
     if reads_ptr is not None:
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
         reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -180,6 +184,7 @@ def forward_kernel(
     K_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     TRANSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -211,7 +216,8 @@ def forward_kernel(
         state = tl.zeros((K_BLOCK, TILE), tl.float32)
     for chunk in range(tl.cdiv(size, CHUNK)):
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         erasure = load_rows(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
@@ -224,11 +230,9 @@ def forward_kernel(
                 )
         wrong = -tl.dot(k, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
-            )
-            from_start = tl.exp(summed.to(tl.float32))[:, None]
-            to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
+            from_start = decay_of(summed)[:, None]
+            to_end = decay_between(total, summed)[:, None]
             wrong *= from_start
         if not TRANSITION:
             wrong += load_rows(v_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
@@ -245,7 +249,7 @@ def forward_kernel(
             o = tl.dot(reads, written.to(dtype), acc=o, input_precision=PRECISION)
             store_rows(o_ptr, scale * o, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
-            state *= tl.exp(total.to(tl.float32))
+            state *= decay_of(total)
             written *= to_end
         state = tl.dot(tl.trans(k), written.to(dtype), acc=state, input_precision=PRECISION)
     if final_ptr is not None:
@@ -282,6 +286,7 @@ def values_kernel(
     K_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone. `states`: of
@@ -313,7 +318,8 @@ def values_kernel(
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
@@ -334,12 +340,10 @@ def values_kernel(
         d_write = tl.dot(k, rounded, input_precision=PRECISION)
         read = do
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
-            )
-            from_start = tl.exp(summed.to(tl.float32))[:, None]
-            d_write *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
-            state *= tl.exp(total.to(tl.float32))
+            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
+            from_start = decay_of(summed)[:, None]
+            d_write *= decay_between(total, summed)[:, None]
+            state *= decay_of(total)
             read = (do.to(tl.float32) * from_start).to(dtype)
         # Before the products that wait for each other: it waits for none of them.
         state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)
@@ -376,6 +380,7 @@ def pairs_kernel(
     CHUNK: tl.constexpr,
     V_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -385,7 +390,8 @@ def pairs_kernel(
         return
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)
-    valid = rows < size
+    num_rows = rows_left(size, 0, CHUNK, IN_FULL)
+    valid = rows < num_rows
     at = head.to(tl.int64) * num_tokens + start + rows
     wrong = load_rows(wrong_ptr, start, head, HEADS, V, rows, values, valid)
     do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
@@ -395,8 +401,8 @@ def pairs_kernel(
     # What is written is u = b r.
     weights = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
     if DECAY != NO_DECAY:
-        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, size, num_tokens, DECAY)
-        weights *= pair_decays(summed[:, None], summed[None, :], earlier)
+        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
+        weights *= decay_between(summed[:, None], summed[None, :])
     reads = scale * tl.dot(do, tl.trans(wrong), input_precision=PRECISION)
     # A token's own pair crosses nothing: it stands apart from the sums that the decay's gradient is made of.
     own = beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
@@ -435,6 +441,7 @@ def queries_kernel(
     V_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
@@ -455,7 +462,8 @@ def queries_kernel(
         state = tl.zeros((V_BLOCK, TILE), tl.float32)
     for chunk in range(tl.cdiv(size, CHUNK)):
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
         at = head.to(tl.int64) * num_tokens + first + rows
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
         dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
@@ -470,12 +478,10 @@ def queries_kernel(
         written = tl.load(beta_ptr + at, mask=valid, other=0.0)
         rounded = state.to(dtype)
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
-            )
-            from_start = tl.exp(summed.to(tl.float32))[:, None]
-            written *= tl.exp((total - summed).to(tl.float32))
-            state *= tl.exp(total.to(tl.float32))
+            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
+            from_start = decay_of(summed)[:, None]
+            written *= decay_between(total, summed)
+            state *= decay_of(total)
         dk = -tl.dot(dv, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             dk *= from_start
@@ -525,6 +531,7 @@ def keys_kernel(
     V_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the write's part to the erase's part that `dk` already holds."""
@@ -548,7 +555,8 @@ def keys_kernel(
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
         at = head.to(tl.int64) * num_tokens + first + rows
         wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
@@ -562,12 +570,10 @@ def keys_kernel(
         erased = -k.to(tl.float32)
         rounded = state.to(dtype)
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(
-                decay_ptr, 0.0, head, first, rows, tl.minimum(size - chunk * CHUNK, CHUNK), num_tokens, DECAY
-            )
-            from_start = tl.exp(summed.to(tl.float32))[:, None]
-            written *= tl.exp((total - summed).to(tl.float32))
-            state *= tl.exp(total.to(tl.float32))
+            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
+            from_start = decay_of(summed)[:, None]
+            written *= decay_between(total, summed)
+            state *= decay_of(total)
             asked *= from_start
             erased *= from_start
         dk = written[:, None] * tl.dot(wrong, rounded, input_precision=PRECISION)

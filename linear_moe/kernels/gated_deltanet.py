@@ -58,11 +58,13 @@ class Launch(NamedTuple):
 
 
 def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
-    """Launch parameters of `walk`: "forward", "values", "queries" or "keys". All share one chunk.
+    """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), "queries" or "keys".
+    All share one chunk.
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages):
-    forward 0.405, 0.407, 0.288; values 0.414, 0.505, 0.467; queries 0.597, 0.699, -; keys 0.547, 0.579, -. Tiles of 32 and 8
-    warps are slower. At B32 T2048 H16 K = V = 64, 1 and 2 stages: values 0.436, 0.354; queries 0.534, 0.462; keys 0.522, 0.462.
+    forward 0.389, 0.399, 0.282; values 0.414, 0.505, 0.467, in full 0.415, 0.480, 0.353; queries 0.523, 0.696, -; keys 0.534,
+    0.561, -. Tiles of 32 and 8 warps are slower. At B32 T2048 H16 K = V = 64: forward 0.400, 0.342, 0.330; values 0.350, 0.347,
+    0.352; queries 0.509, 0.457, 0.471; keys 0.529, 0.459, 0.511.
     At B8 T4096 H4 K = V = 256, where forward and values only write, tiles of 64 on 8 warps with 2 and 3 stages: forward 0.280,
     0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of
     which two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with 32, 1.202 with 64.
@@ -75,7 +77,7 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
         if walk == "forward":
             return Launch(chunk=64, tile=32, num_warps=4, num_stages=2)
         return Launch(chunk=64, tile=64, num_warps=8, num_stages=2)
-    if walk == "forward":
+    if walk in ("forward", "values in full"):
         return Launch(chunk=64, tile=64, num_warps=4, num_stages=3)
     return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 else 1)
 
@@ -144,6 +146,8 @@ class _Walk(NamedTuple):
     """Where states are stored to be read from in parallel, if they are."""
     first_pieces: Tensor | None
     """`[P]` the piece that each split begins with."""
+    in_full: bool
+    """Whether every piece has `piece` tokens."""
 
     def constants(self, k: Tensor, v: Tensor) -> dict[str, object]:
         return {
@@ -152,6 +156,7 @@ class _Walk(NamedTuple):
             "K": k.shape[2],
             "V": v.shape[2],
             "DECAY": self.kind,
+            "IN_FULL": self.in_full,
             "PRECISION": precision_of(k.dtype),
         }
 
@@ -187,21 +192,23 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
     splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
     gates = gates_by_head(log_decay, beta, cuts.borders, piece, chunk=chunk if stored else None, exact=exact)
     decays, pieces, first = gates.sums, None, None
+    in_full = ragged.in_full(num_tokens, piece)
     if stored is not None:
-        decays, pieces = gates.inner, Pieces(cuts, DECAY_KINDS[decay], gates.sums, heads)
+        decays, pieces = gates.inner, Pieces(cuts, DECAY_KINDS[decay], gates.sums, heads, in_full)
         first = splits.first_pieces(cuts, ragged, stored)
     assert gates.beta is not None
-    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, cuts, piece, pieces, first)
+    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, cuts, piece, pieces, first, in_full)
 
 
 def _tiled(walk: str, key_dim: int, value_dim: int) -> tuple[int, int]:
     """The channels that a walk's programs share, and those that each has whole."""
-    return (value_dim, key_dim) if walk in ("forward", "values") else (key_dim, value_dim)
+    return (key_dim, value_dim) if walk in ("queries", "keys") else (value_dim, key_dim)
 
 
 def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str, int]]:
     """The grid of a walk and its launch parameters."""
-    launch = TABLE.pick(v.device, name, DECAY_NAMES[walk.kind], k.shape[2], v.shape[2], k.dtype)
+    entry = f"{name} in full" if name == "values" and walk.in_full else name
+    launch = TABLE.pick(v.device, entry, DECAY_NAMES[walk.kind], k.shape[2], v.shape[2], k.dtype)
     by_values = name in ("forward", "values")
     tiled, whole = _tiled(name, k.shape[2], v.shape[2])
     tile = tile_of(tiled, launch.tile, k.dtype)
@@ -492,7 +499,7 @@ def _walk_back(
     launch_kernel(
         pairs_kernel, walk.cuts.num_pieces * heads, d_output, dv, wrong, *gates, reads, erases, own, borders,
         borders.stride(0), num_tokens, scale, HEADS=heads, V=value_dim, CHUNK=chunk, V_BLOCK=block_of(value_dim),
-        DECAY=walk.kind, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
+        DECAY=walk.kind, IN_FULL=walk.in_full, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
     both = (q, k, d_output, dv, wrong, *gates, reads, erases, own)
     where = (walk.splits.borders, walk.splits.borders.stride(0), walk.splits.order, num_tokens, scale)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels.blocks import (
+    LOG2E,
     block_of,
     cdiv,
     new_states,
@@ -104,19 +105,22 @@ class _Prepared(NamedTuple):
     kept: Tensor | None
     """e^G `[S, H, K]`, in a backward pass."""
     totals: Tensor
-    """G_C of every chunk `[chunks, H, K]` float32."""
+    """G_C of every chunk `[chunks, H, K]` float32, to base 2, as `fades`."""
     fades: Tensor
     """How much the channel of a head that fades most does in each chunk `[chunks, H]` float32."""
     chunks: Splits
     first_chunks: Tensor
     """`[P]` the chunk each piece begins with."""
+    in_full: bool
+    """Whether every chunk is C tokens."""
 
 
-def _shared_constants(k: Tensor, chunk: int) -> dict[str, object]:
+def _shared_constants(k: Tensor, chunk: int, in_full: bool) -> dict[str, object]:
     return {
         "CHUNK": chunk,
+        "IN_FULL": in_full,
         "LEVELS": chunk.bit_length() - 1,
-        "LIMIT": MILDEST[k.dtype],
+        "LIMIT": MILDEST[k.dtype] * LOG2E.value,
         "PRECISION": precision_of(k.dtype),
     }
 
@@ -145,6 +149,7 @@ def _prepare(
     chunk = launch.chunk
     # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
     chunks = ragged.pieces(num_tokens, chunk)
+    in_full = ragged.in_full(num_tokens, chunk)
     reads, writes = (torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device) for _ in range(2))
     made = kept = None
     if products is None:
@@ -163,10 +168,10 @@ def _prepare(
         launch_kernel(
             prepare_kernel, programs, q, k, log_decay, reads, writes, made, kept, totals, fades, chunks.borders,
             chunks.borders.stride(0), units, programs, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, **_shared_constants(k, chunk),
+            num_warps=launch.num_warps, num_stages=launch.num_stages, **_shared_constants(k, chunk, in_full),
         )  # fmt: skip
     first = splits.first_pieces(chunks, ragged, chunk)
-    return _Prepared(reads, writes, products, kept, totals, fades, chunks, first)
+    return _Prepared(reads, writes, products, kept, totals, fades, chunks, first, in_full)
 
 
 def _walk(
@@ -215,6 +220,7 @@ def _walk(
         TILE=tile,
         # As a constant too, by which a tuner tells launches apart.
         STORES=states is not None,
+        IN_FULL=prepared.in_full,
         REVERSE=reverse,
         PRECISION=precision_of(v.dtype),
         num_warps=launch.num_warps,
@@ -334,7 +340,7 @@ def backward(
             d_states, dq, dk, d_decay, prepared.totals, prepared.fades, chunks.borders, chunks.borders.stride(0),
             units, programs, scale, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, V=value_dim,
             COLUMNS=tile_of(value_dim, COLUMNS, v.dtype), TILE=tile, MILD=mild, num_warps=launch.num_warps,
-            num_stages=launch.num_stages, **_shared_constants(k, launch.chunk),
+            num_stages=launch.num_stages, **_shared_constants(k, launch.chunk, prepared.in_full),
         )  # fmt: skip
     if not ragged.dense:
         for gradient in (dq, dk, dv, d_decay):

@@ -17,7 +17,7 @@ chunk's first token that is <S, D_0>, where D_0, D brought to the chunk's start,
 e^G_C <S, D> and what the chunk's own tokens read from S. Along the chunk k dk - q dq is added, where a token's own pair is in
 neither (`linear_moe.kernels.decay_gradient` says why).
 
-A chunk in which no channel fades by more than e^LIMIT is multiplied out around half of its fading; any other by halves of it.
+A chunk in which no channel fades by more than 2^LIMIT is multiplied out around half of its fading; any other by halves of it.
 With the factors of a token outside, a mild chunk's gradients are products of what was prepared:
 
     dq_t = e^G_t A_t + own pair,        A_t = S do_t + e^-G_C sum_{j < t} <do_t, v_j> k_j e^(G_C - G_j),    q dq = (q e^G) A
@@ -29,7 +29,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linear_moe.kernels.blocks import load_columns, load_rows, piece_at, piece_of, state_offsets, store_rows
+from linear_moe.kernels.blocks import (
+    LOG2E,
+    decay_of,
+    load_columns,
+    load_rows,
+    piece_at,
+    piece_of,
+    rows_left,
+    state_offsets,
+    store_rows,
+    to_base_2,
+)
 
 UNITS_BLOCK = tl.constexpr(64)
 
@@ -74,7 +85,7 @@ def _crosses(later, earlier, WIDTH: tl.constexpr):
 
 @triton.jit
 def _fade(difference):
-    return tl.exp(tl.minimum(difference, 0.0).to(tl.float32))
+    return decay_of(tl.minimum(difference, 0.0))
 
 
 @triton.jit
@@ -86,7 +97,7 @@ def _around_middle(summed, total, LIMIT: tl.constexpr):
     middle = 0.5 * total
     difference = (summed - middle[None, :]).to(tl.float32)
     difference = tl.minimum(tl.maximum(difference, -0.5 * LIMIT), 0.5 * LIMIT)
-    return tl.exp(difference), tl.exp(-difference), tl.exp(middle.to(tl.float32))[None, :]
+    return decay_of(difference), decay_of(-difference), decay_of(middle)[None, :]
 
 
 @triton.jit
@@ -131,10 +142,11 @@ def _halved_sum(weights, x, summed, REVERSE: tl.constexpr, DTYPE: tl.constexpr, 
 
 @triton.jit
 def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, keys, valid, EXACT: tl.constexpr):
-    """G and G_C of some channels of a chunk."""
+    """G and G_C, to base 2, of some channels of a chunk."""
     each = load_rows(decay_ptr, first, head, HEADS, K, rows, keys, valid)
     if EXACT:
         each = each.to(tl.float64)
+    each = to_base_2(each)
     return tl.cumsum(each, 0), tl.sum(each, 0)
 
 
@@ -142,7 +154,8 @@ def _sums(decay_ptr, first, head, HEADS: tl.constexpr, K: tl.constexpr, rows, ke
 def _prepare_chunk(
     q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, borders_ptr,
     borders_stride, unit, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, IN_FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one (chunk, head), as if it were as mild as MILD says; if so, how much it fades too."""
     EXACT: tl.constexpr = PRECISION == "ieee"
@@ -151,7 +164,7 @@ def _prepare_chunk(
     start, size = piece_of(borders_ptr, borders_stride, chunk)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
-    valid = rows < size
+    valid = rows < rows_left(size, 0, CHUNK, IN_FULL)
     dtype = k_ptr.dtype.element_ty
     worst = 0.0
     if products_ptr is not None:
@@ -196,7 +209,7 @@ def prepare_kernel(
     q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, borders_ptr,
     borders_stride, num_units, num_programs, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IN_FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A null pointer leaves P or e^G out.
 
@@ -207,7 +220,7 @@ def prepare_kernel(
     if MILD:
         _prepare_chunk(
             q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr, borders_ptr,
-            borders_stride, program, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
+            borders_stride, program, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, IN_FULL, PRECISION,
         )  # fmt: skip
     else:
         if _some_fade_harshly(fades_ptr, program, num_units, num_programs, 1, LIMIT):
@@ -216,7 +229,8 @@ def prepare_kernel(
                 if _fades_harshly(fades_ptr, unit, LIMIT):
                     _prepare_chunk(
                         q_ptr, k_ptr, decay_ptr, reads_ptr, writes_ptr, products_ptr, kept_ptr, totals_ptr, fades_ptr,
-                        borders_ptr, borders_stride, unit, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, PRECISION,
+                        borders_ptr, borders_stride, unit, HEADS, K_HEADS, K, CHUNK, TILE, LEVELS, MILD, LIMIT, IN_FULL,
+                        PRECISION,
                     )  # fmt: skip
 
 
@@ -244,6 +258,7 @@ def walk_kernel(
     K_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     STORES: tl.constexpr,
+    IN_FULL: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -273,7 +288,7 @@ def walk_kernel(
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        valid = rows < rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
         if STORES:
             at = state_offsets(first_chunk + chunk, head, HEADS, keys, values, K, V, False)
             tl.store(states_ptr + at, state.to(dtype), mask=in_state)
@@ -291,13 +306,13 @@ def walk_kernel(
             store_rows(o_ptr, scale * o, first, head, HEADS, V, rows, values, valid)
         if piece_totals_ptr is not None:
             all_decay += total
-        state *= tl.exp(total)[:, None]
+        state *= decay_of(total)[:, None]
         state = tl.dot(tl.trans(writes), v, acc=state, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, state, mask=in_state)
     if piece_totals_ptr is not None:
         if tile == 0:
-            tl.store(piece_totals_ptr + (piece * HEADS + head) * K + keys, all_decay, mask=keys < K)
+            tl.store(piece_totals_ptr + (piece * HEADS + head) * K + keys, all_decay / LOG2E, mask=keys < K)
 
 
 @triton.jit
@@ -323,7 +338,7 @@ def _chunk_gradients(
     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr, dk_ptr,
     d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, scale, unit, HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr,
-    MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    MILD: tl.constexpr, LIMIT: tl.constexpr, IN_FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of channels of one (chunk, head), if it is as mild as MILD says."""
     EXACT: tl.constexpr = PRECISION == "ieee"
@@ -337,7 +352,7 @@ def _chunk_gradients(
         k_head = head // (HEADS // K_HEADS)
         rows = tl.arange(0, CHUNK)
         keys = tile * TILE + tl.arange(0, TILE)
-        valid = rows < size
+        valid = rows < rows_left(size, 0, CHUNK, IN_FULL)
         dtype = v_ptr.dtype.element_ty
         later = rows[:, None] > rows[None, :]
         earlier = rows[:, None] < rows[None, :]
@@ -360,19 +375,19 @@ def _chunk_gradients(
             dk = tl.dot(v, tl.trans(d_state), acc=dk, input_precision=PRECISION)
         own = scale * tl.sum(tl.where(same, asked_of, 0.0), 1)
         total = tl.load(totals_ptr + (chunk * HEADS + head) * K + keys, mask=keys < K, other=0.0)
-        crossing = tl.exp(total) * overlap
+        crossing = decay_of(total) * overlap
         if MILD:
             reads = load_rows(reads_ptr, start, head, HEADS, K, rows, keys, valid)
             writes = load_rows(writes_ptr, start, head, HEADS, K, rows, keys, valid)
             crossing += tl.sum(reads.to(tl.float32) * dq, 0)
-            undone = tl.exp(-total)[None, :]
+            undone = decay_of(-total)[None, :]
             dq += undone * tl.dot(tl.where(later, asked_of, 0.0).to(dtype), writes, input_precision=PRECISION)
             dk += undone * tl.dot(tl.where(earlier, asked_by, 0.0).to(dtype), reads, input_precision=PRECISION)
             change = writes.to(tl.float32) * dk - reads.to(tl.float32) * dq
             kept = load_rows(kept_ptr, start, head, HEADS, K, rows, keys, valid).to(tl.float32)
             dq *= kept
             # Outside of the tensor it is 0.
-            dk *= tl.exp(total)[None, :] / tl.where(kept > 0, kept, 1.0)
+            dk *= decay_of(total)[None, :] / tl.where(kept > 0, kept, 1.0)
             q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
             k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid).to(tl.float32)
         else:
@@ -396,7 +411,7 @@ def gradients_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr, dk_ptr,
     d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, num_units, num_programs, scale, HEADS: tl.constexpr,
     K_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, MILD: tl.constexpr, LIMIT: tl.constexpr, IN_FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All is linear in do, and `d_states` are without the scale, so it stands outside: on what is stored. `dq` and `dk` may be
     `reads` and `writes`.
@@ -408,7 +423,7 @@ def gradients_kernel(
         _chunk_gradients(
             q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr, dk_ptr,
             d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, scale, program, HEADS, K_HEADS, K, V, CHUNK,
-            COLUMNS, TILE, LEVELS, MILD, LIMIT, PRECISION,
+            COLUMNS, TILE, LEVELS, MILD, LIMIT, IN_FULL, PRECISION,
         )  # fmt: skip
     else:
         TILES: tl.constexpr = (K + TILE - 1) // TILE
@@ -417,5 +432,6 @@ def gradients_kernel(
                 _chunk_gradients(
                     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, reads_ptr, writes_ptr, kept_ptr, states_ptr, d_states_ptr, dq_ptr,
                     dk_ptr, d_decay_ptr, totals_ptr, fades_ptr, borders_ptr, borders_stride, scale,
-                    program + step * num_programs, HEADS, K_HEADS, K, V, CHUNK, COLUMNS, TILE, LEVELS, MILD, LIMIT, PRECISION,
+                    program + step * num_programs, HEADS, K_HEADS, K, V, CHUNK, COLUMNS, TILE, LEVELS, MILD, LIMIT, IN_FULL,
+                    PRECISION,
                 )  # fmt: skip

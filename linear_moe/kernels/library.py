@@ -38,9 +38,15 @@ def _pieces(v: Tensor, ragged: Ragged, length: int | None) -> int | None:
     return None if length is None else ragged.num_pieces(v.shape[0], length)
 
 
-def _kind(name: str, *given: Any) -> tuple[Any, ...]:
+def _kind(
+    name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, ragged: Ragged,
+    *given: object,
+) -> tuple[object, ...]:  # fmt: skip
     """What a call's kernels are compiled for: of tensors the dtype and the sizes but for the number of tokens or segments."""
-    return (name, *((x.dtype, x.shape[1:], x.requires_grad) if isinstance(x, Tensor) else x for x in given))
+    tensors = (
+        None if x is None else (x.dtype, x.shape[1:], x.requires_grad) for x in (q, k, v, log_decay, initial_state)
+    )
+    return (name, *tensors, ragged.dense, ragged.grain(v.shape[0]), *given)
 
 
 def _given(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +91,8 @@ def _scalar(
             )  # fmt: skip
 
     with torch.cuda.device_of(v):
-        compile_ahead(v.device, _kind("scalar_scan", q, k, v, log_decay, initial_state, dense, want_final, decay), both)
+        kind = _kind("scalar_scan", q, k, v, log_decay, initial_state, ragged, want_final, decay)
+        compile_ahead(v.device, kind, both)
         made = forward()
     return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
 
@@ -174,7 +181,7 @@ def _vector(
             )  # fmt: skip
 
     with torch.cuda.device_of(v):
-        compile_ahead(v.device, _kind("gla", q, k, v, log_decay, initial_state, dense, want_final, keep), both)
+        compile_ahead(v.device, _kind("gla", q, k, v, log_decay, initial_state, ragged, want_final, keep), both)
         made = forward()
     starts, products = (made.starts, made.products) if keep else (None, None)
     return made.output, _or_empty(made.final_state, v), _or_empty(starts, v), _or_empty(products, v)
@@ -262,7 +269,7 @@ def _delta(
             )
 
     with torch.cuda.device_of(v):
-        kind = _kind("gated_deltanet", q, k, v, log_decay, initial_state, dense, want_final, decay, keep)
+        kind = _kind("gated_deltanet", q, k, v, log_decay, initial_state, ragged, want_final, decay, keep)
         compile_ahead(v.device, kind, both)
         made = forward()
     kept: tuple[Tensor | None, ...] = (None,) * 6

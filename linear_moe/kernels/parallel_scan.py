@@ -24,9 +24,12 @@ from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     DECAY_NAMES,
     HEAD_DECAY,
+    LOG2E,
     NO_DECAY,
     cdiv,
     chunk_sums,
+    decay_between,
+    decay_of,
     load_rows,
     new_states,
     num_processors,
@@ -34,6 +37,7 @@ from linear_moe.kernels.blocks import (
     piece_of,
     precision_of,
     rate_of,
+    rows_left,
     state_offsets,
     sum_heads,
     summed_decays,
@@ -121,6 +125,7 @@ def states_kernel(
     K_TILE: tl.constexpr,
     V_TILE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -164,23 +169,22 @@ def states_kernel(
                 at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
                 tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty), mask=in_state)
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         v = load_rows(v_ptr, first, v_head, V_HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             piece_start = first - in_piece
-            piece_size = tl.minimum(size - (chunk * CHUNK - in_piece), PIECE)
-            num_rows = tl.minimum(size - chunk * CHUNK, CHUNK)
+            piece_size = rows_left(size, chunk * CHUNK - in_piece, PIECE, IN_FULL)
             before = _sum_before(decay_ptr, rate, head, piece_start, in_piece, num_tokens, DECAY)
             after = _sum_before(decay_ptr, rate, head, piece_start, in_piece + num_rows, num_tokens, DECAY)
             summed, _ = summed_decays(
                 decay_ptr, rate, head, piece_start, in_piece + rows, piece_size, num_tokens, DECAY
             )
-            fades = summed - before if REVERSE else after - summed
-            weights = tl.exp(tl.minimum(fades, 0.0).to(tl.float32))
+            weights = decay_between(summed, before) if REVERSE else decay_between(after, summed)
             v = (v.to(tl.float32) * weights[:, None]).to(dtype)
             total = (after - before).to(tl.float32)
-            state *= tl.exp(total)
+            state *= decay_of(total)
             if total_ptr is not None:
                 all_decay += total
         state = tl.dot(tl.trans(k), v, acc=state, input_precision=PRECISION)
@@ -188,7 +192,7 @@ def states_kernel(
         tl.store(final_ptr + state_at, state, mask=in_state)
     if total_ptr is not None:
         if tile == 0:
-            tl.store(total_ptr + walk * HEADS + head, all_decay)
+            tl.store(total_ptr + walk * HEADS + head, all_decay / LOG2E)
 
 
 class _Plan(NamedTuple):
@@ -230,7 +234,8 @@ def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: 
         log_decay = chunk_sums(log_decay, pieces.borders, piece, exact=k.dtype == torch.float32)
     walks = ragged.splits(num_tokens, walk_length(k, v, ragged))
     first = walks.first_pieces(pieces, ragged, piece)
-    return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1]), walks, first)
+    in_full = ragged.in_full(num_tokens, piece)
+    return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks, first)
 
 
 def _run_states(
@@ -274,6 +279,7 @@ def _run_states(
         K_TILE=k_tile,
         V_TILE=v_tile,
         DECAY=plan.pieces.kind,
+        IN_FULL=plan.pieces.in_full,
         REVERSE=reverse,
         PRECISION=precision_of(k.dtype),
         num_warps=launch.num_warps,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels import piece_reads
-from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, rate_of, store_rows
+from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, rate_of, rows_left, store_rows
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, read_rows
@@ -153,6 +153,7 @@ def scan_gradients_kernel(
     V_BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`read` and `written`: <dq, q> and <dv, v> without a token's own pair; null pointers leave them out."""
@@ -161,6 +162,7 @@ def scan_gradients_kernel(
     block, head, piece, start, size = _place(borders_ptr, borders_stride, program // 3, HEADS, PIECE // ROWS)
     if block * ROWS >= size:
         return
+    size = rows_left(size, 0, PIECE, IN_FULL)
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
     k_head = head // (HEADS // K_HEADS)
@@ -173,7 +175,7 @@ def scan_gradients_kernel(
         APART: tl.constexpr = read_ptr is not None
         dq, own = read_rows(
             do_ptr, v_ptr, k_ptr, states_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, 0, end, scale,
-            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, APART, PRECISION,
+            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, APART, PRECISION,
         )  # fmt: skip
         if APART:
             own = _settled(own, read_ptr + at, valid)
@@ -186,14 +188,14 @@ def scan_gradients_kernel(
     if part == 1:
         dk, _ = read_rows(
             v_ptr, do_ptr, q_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
-            size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, True, True, False,
-            PRECISION,
+            size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, True, True,
+            False, PRECISION,
         )  # fmt: skip
         _finish(dk, None, None, None, dk_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
     if part == 2:
         dv, own = read_rows(
             k_ptr, q_ptr, do_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
-            size, scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE, DECAY, True, False,
+            size, scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE, DECAY, IN_FULL, True, False,
             written_ptr is not None, PRECISION,
         )  # fmt: skip
         if written_ptr is not None:
@@ -235,6 +237,7 @@ def delta_writes_kernel(
     V_BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The write's part of dk, and each token's own pair, b <r, scale do>. `written`: <dk, k> without it; a null pointer without
@@ -246,6 +249,7 @@ def delta_writes_kernel(
     block, head, piece, start, size = _place(borders_ptr, borders_stride, tl.program_id(0), HEADS, PIECE // ROWS)
     if block * ROWS >= size:
         return
+    size = rows_left(size, 0, PIECE, IN_FULL)
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
     k_head = head // (HEADS // K_HEADS)
@@ -253,16 +257,16 @@ def delta_writes_kernel(
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     dk, wrong, summed = begin_rows(
         wrong_ptr, ends_ptr, decay_ptr, start, size, piece, head, row, rate, num_tokens, scale, HEADS, HEADS, V, K, V_BLOCK,
-        K_BLOCK, SLICE, DECAY, True, True, PRECISION,
+        K_BLOCK, SLICE, DECAY, IN_FULL, True, True, PRECISION,
     )  # fmt: skip
     nothing = tl.zeros((ROWS,), tl.float32)
     dk, own = add_pairs(
         dk, nothing, wrong, row, summed, rate, do_ptr, q_ptr, decay_ptr, None, start, size, head, num_tokens, scale,
-        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, PRECISION,
     )  # fmt: skip
     dk, _ = add_pairs(
         dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, minus,
-        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, True, True, PRECISION,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, PRECISION,
     )  # fmt: skip
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
     dk *= beta[:, None]
@@ -307,6 +311,7 @@ def delta_reads_kernel(
     V_BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq, and the erase's part of dk, added to what `dk` holds. `read` and `erased`: <dq, q> and <dk, k> without a token's own
@@ -317,6 +322,7 @@ def delta_reads_kernel(
     block, head, piece, start, size = _place(borders_ptr, borders_stride, program // 2, HEADS, PIECE // ROWS)
     if block * ROWS >= size:
         return
+    size = rows_left(size, 0, PIECE, IN_FULL)
     row = block * ROWS + tl.arange(0, ROWS)
     valid = row < size
     k_head = head // (HEADS // K_HEADS)
@@ -326,7 +332,8 @@ def delta_reads_kernel(
     if part == 0:
         dq, _ = read_rows(
             do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
-            scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
+            scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, True,
+            PRECISION,
         )  # fmt: skip
         own = tl.load(own_ptr + at, mask=valid, other=0.0)
         if DECAY != NO_DECAY:
@@ -340,7 +347,8 @@ def delta_reads_kernel(
         # The erase reads before the token writes.
         dk, _ = read_rows(
             dv_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
-            minus, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, True, PRECISION,
+            minus, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, True,
+            PRECISION,
         )  # fmt: skip
         once = tl.full((ROWS,), 1.0, tl.float32)
         if DECAY != NO_DECAY:

@@ -23,11 +23,13 @@ from linear_moe.kernels.blocks import (
     DECAY_NAMES,
     NO_DECAY,
     block_of,
+    decay_between,
+    decay_of,
     load_rows,
-    pair_decays,
     piece_of,
     precision_of,
     rate_of,
+    rows_left,
     state_offsets,
     store_rows,
     summed_decays,
@@ -122,8 +124,8 @@ def read_state(
 def add_pairs(
     o, own, a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head, num_tokens, factor, begin, end,
     HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    APART: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, IN_FULL: tl.constexpr,
+    REVERSE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`o` with the pairs of columns `begin` to `end` added. APART: a token's own pair is not, but summed up in `own`."""
     keys = tl.arange(0, K_BLOCK)
@@ -133,7 +135,7 @@ def add_pairs(
     for first in range(begin, end, COLUMNS):
         each = tl.arange(0, COLUMNS)
         column = first + each
-        there = column < size
+        there = each < rows_left(size, first, COLUMNS, IN_FULL)
         b = load_rows(b_ptr, start + first, b_head, B_HEADS, K, each, keys, there)
         c = load_rows(c_ptr, start + first, c_head, C_HEADS, V, each, values, there)
         products = factor * tl.dot(a, tl.trans(b), input_precision=PRECISION)
@@ -148,9 +150,9 @@ def add_pairs(
         if DECAY != NO_DECAY:
             others, _ = summed_decays(decay_ptr, rate, head, start, column, size, num_tokens, DECAY)
             if REVERSE:
-                products *= pair_decays(others[None, :], summed[:, None], seen)
+                products *= decay_between(others[None, :], summed[:, None])
             else:
-                products *= pair_decays(summed[:, None], others[None, :], seen)
+                products *= decay_between(summed[:, None], others[None, :])
         products = tl.where(seen, products, 0.0).to(c.dtype)
         o = tl.dot(products, c, acc=o, input_precision=PRECISION)
     return o, own
@@ -160,7 +162,7 @@ def add_pairs(
 def begin_rows(
     a_ptr, states_ptr, decay_ptr, start, size, piece, head, row, rate, num_tokens, factor, HEADS: tl.constexpr,
     A_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, IN_FULL: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What some rows of a piece read from its state; the rows of `a`; and the sums of their decays."""
     valid = row < size
@@ -172,9 +174,9 @@ def begin_rows(
     if DECAY != NO_DECAY:
         summed, total = summed_decays(decay_ptr, rate, head, start, row, size, num_tokens, DECAY)
         if REVERSE:
-            o *= tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))[:, None]
+            o *= decay_between(total, summed)[:, None]
         else:
-            o *= tl.exp(summed.to(tl.float32))[:, None]
+            o *= decay_of(summed)[:, None]
     return o, load_rows(a_ptr, start, head // (HEADS // A_HEADS), A_HEADS, K, row, tl.arange(0, K_BLOCK), valid), summed
 
 
@@ -183,17 +185,18 @@ def read_rows(
     a_ptr, b_ptr, c_ptr, states_ptr, decay_ptr, weight_ptr, start, size, piece, head, row, rate, num_tokens, begin, end, factor,
     HEADS: tl.constexpr, A_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, IN_FULL: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, APART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The module's equation for some rows of a piece, from columns `begin` to `end`: o, and with APART what is left of it."""
     o, a, summed = begin_rows(
         a_ptr, states_ptr, decay_ptr, start, size, piece, head, row, rate, num_tokens, factor, HEADS, A_HEADS, K, V, K_BLOCK,
-        V_BLOCK, SLICE, DECAY, REVERSE, TRANSPOSED_STATE, PRECISION,
+        V_BLOCK, SLICE, DECAY, IN_FULL, REVERSE, TRANSPOSED_STATE, PRECISION,
     )  # fmt: skip
     return add_pairs(
         o, tl.zeros((row.shape[0],), tl.float32), a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head,
-        num_tokens, factor, begin, end, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, REVERSE, APART,
-        PRECISION,
+        num_tokens, factor, begin, end, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, IN_FULL, REVERSE,
+        APART, PRECISION,
     )  # fmt: skip
 
 
@@ -221,6 +224,7 @@ def reads_kernel(
     V_BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A null pointer leaves its part out."""
@@ -233,12 +237,13 @@ def reads_kernel(
     start, size = piece_of(borders_ptr, borders_stride, piece)
     if block * ROWS >= size:
         return
+    size = rows_left(size, 0, PIECE, IN_FULL)
     row = block * ROWS + tl.arange(0, ROWS)
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     o, _ = read_rows(
         q_ptr, k_ptr, v_ptr, states_ptr, decay_ptr, weight_ptr, start, size, piece, head, row, rate, num_tokens, 0,
         tl.minimum((block + 1) * ROWS, size), scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE,
-        DECAY, False, False, False, PRECISION,
+        DECAY, IN_FULL, False, False, False, PRECISION,
     )  # fmt: skip
     store_rows(o_ptr, o, start, head, HEADS, V, row, tl.arange(0, V_BLOCK), row < size)
 
@@ -253,6 +258,8 @@ class Pieces(NamedTuple):
     decays: Tensor | None
     """The log decays `[H]`, or their sums from each piece's start `[H, S]`."""
     heads: int
+    in_full: bool
+    """Whether every piece has as many tokens as the first."""
 
     def constants(self, launch: Launch, k: Tensor, v: Tensor) -> dict[str, Any]:
         """Of a kernel with reads."""
@@ -268,6 +275,7 @@ class Pieces(NamedTuple):
             "V_BLOCK": block_of(v.shape[2]),
             "SLICE": launch.slice,
             "DECAY": self.kind,
+            "IN_FULL": self.in_full,
             "PRECISION": precision_of(k.dtype),
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,

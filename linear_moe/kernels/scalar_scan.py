@@ -8,8 +8,11 @@ registers: every input is read once and every output written once. The same walk
     dk = scan(v, do, q)            backwards: dk_t = sum_{j >= t} decay(j, t) <v_t, do_j> q_j
     dv = scan(k, q, do)            backwards: dv_t = sum_{j >= t} decay(j, t) <k_t, q_j> do_j
 
-so there is one kernel, and no accumulator is ever transposed. The decay's gradient needs no walk: it is made of sums that dq's
-and dv's leave behind, taken in float32 before anything is rounded (`linear_moe.kernels.decay_gradient`).
+so there is one kernel, and no accumulator is ever transposed. Of narrow heads another makes dk and dv in one walk. The decay's
+gradient needs no walk: it is made of sums that dq's and dv's leave behind, taken in float32 before anything is rounded
+(`linear_moe.kernels.decay_gradient`): what a token reads or writes without its own pair is
+
+    <o_t, other_t> - own = before_t <q_t S, other_t> + sum_{j < t} decay(t, j) <q_t, k_j> <other_t, v_j>
 """
 
 from __future__ import annotations
@@ -25,18 +28,21 @@ from linear_moe.forms import Decay
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     DECAY_NAMES,
+    LOG2E,
     NO_DECAY,
     block_of,
     cdiv,
     chunk_sums,
+    decay_between,
+    decay_of,
     load_rows,
     new_states,
     num_processors,
-    pair_decays,
     piece_at,
     piece_of,
     precision_of,
     rate_of,
+    rows_left,
     state_offsets,
     store_rows,
     sum_heads,
@@ -63,11 +69,12 @@ class Launch(NamedTuple):
 
 
 def choose_launch(key_dim: int, dtype: torch.dtype) -> Launch:
-    """From a frozen table, measured on an H200 (torch 2.11, triton 3.6, bf16; forward ms with a constant decay a head).
+    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms with a decay a token, of o, dq, dk and dv).
 
-    K = V = 128, B8 T4096 H16: 0.243; 8 warps 0.362, value tile 128 0.272, value tile 32 0.340, chunk 32 0.318, chunk 128 0.332,
-    3 stages 0.388. K = V = 256, B8 T4096 H4: 0.262; 4 warps 0.548, value tile 32 0.359, value tile 128 0.682. K = V = 64, B32
-    T2048 H16: 0.149; 2 stages 0.190, value tile 32 0.228, chunk 128 0.470.
+    K = V = 128, B8 T4096 H16: 0.225, 0.320, 0.221, 0.339; 1 stage 0.274, 0.416, 0.271, 0.387; 3 stages 0.227, 0.359, 0.234,
+    0.357; value tile 128 on 8 warps 0.317, 0.642, 0.344, 0.459. K = V = 64, B32 T2048 H16, o and dq: 0.193, 0.246; 2 stages
+    0.208, 0.313. On an H200, o with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332; at K = V =
+    64 value tile 32 0.228 for 0.149, chunk 128 0.470.
     """
     if dtype == torch.float32:
         # Exact products take no tensor cores and twice the registers.
@@ -90,6 +97,30 @@ TABLE = LaunchTable(
 )
 """By the decay, the widths of what is walked as keys and values, and the dtype. The chunk and, through `piece_length`, where
 segments are cut are the frozen table's: forward and backward passes share them."""
+
+
+class WritesLaunch(NamedTuple):
+    """Launch parameters of the walk that makes dk and dv."""
+
+    num_warps: int
+    num_stages: int
+
+
+WRITES_TABLE = LaunchTable(
+    "scalar_scan.writes",
+    lambda decay, key_dim, value_dim, dtype: WritesLaunch(num_warps=4, num_stages=2),
+    lambda decay, key_dim, value_dim, dtype: {"num_warps": (4, 8), "num_stages": (1, 2, 3)},
+)
+"""By the decay, K, V and the dtype. The chunk is that of the scan."""
+
+
+def writes_together(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether dk and dv are made in one walk: where registers hold a head's state twice.
+
+    At B32 T2048 H16 K = V = 64 on an H100 (torch 2.11, triton 3.6, bf16) without a decay 0.296 ms, in two walks 0.38; with one
+    a head 0.312 and 0.38; with one a token, where it spills, 0.433 and 0.46.
+    """
+    return max(key_dim, value_dim) <= (16 if dtype == torch.float32 else 64)
 
 
 @triton.jit
@@ -121,6 +152,7 @@ def scan_kernel(
     K_BLOCK: tl.constexpr,
     V_TILE: tl.constexpr,
     DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
     REVERSE: tl.constexpr,
     TRANSPOSED_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,44 +190,44 @@ def scan_kernel(
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
         first = start + chunk * CHUNK
-        valid = rows < size - chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         v = load_rows(v_ptr, first, v_head, V_HEADS, V, rows, values, valid)
         # `before` brings the chunk's incoming state to a row, `after` a row's write to the outgoing state.
         if DECAY != NO_DECAY:
-            num_rows = tl.minimum(size - chunk * CHUNK, CHUNK)
             summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
-            to_end = tl.exp(tl.minimum(total - summed, 0.0).to(tl.float32))
-            from_start = tl.exp(summed.to(tl.float32))
+            to_end = decay_between(total, summed)
+            from_start = decay_of(summed)
             before = to_end if REVERSE else from_start
             after = from_start if REVERSE else to_end
         if o_ptr is not None:
             q = load_rows(q_ptr, first, q_head, Q_HEADS, K, rows, keys, valid)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if overlap_ptr is not None:
-                # A token's own pair crosses nothing: it is added after the sum is taken.
-                own = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
             seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-            if overlap_ptr is not None:
-                seen = seen & (rows[:, None] != rows[None, :])
-            o = tl.dot(q, state.to(dtype), input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 if REVERSE:
-                    products *= pair_decays(summed[None, :], summed[:, None], seen)
+                    products *= decay_between(summed[None, :], summed[:, None])
                 else:
-                    products *= pair_decays(summed[:, None], summed[None, :], seen)
+                    products *= decay_between(summed[:, None], summed[None, :])
+            if overlap_ptr is not None:
+                # A token's own pair crosses nothing.
+                other = load_rows(other_ptr, first, head // (HEADS // OTHER_HEADS), OTHER_HEADS, V, rows, values, valid)
+                met = tl.dot(other, tl.trans(v), input_precision=PRECISION)
+                crosses = seen & (rows[:, None] != rows[None, :])
+                overlap = tl.sum(tl.where(crosses, products * met, 0.0), 1)
+            o = tl.dot(q, state.to(dtype), input_precision=PRECISION)
+            if DECAY != NO_DECAY:
                 o *= before[:, None]
+            if overlap_ptr is not None:
+                overlap += tl.sum(o * other.to(tl.float32), 1)
+                at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
+                tl.store(overlap_ptr + at, scale * overlap, mask=valid)
             products = tl.where(seen, products, 0.0).to(dtype)
             o = scale * tl.dot(products, v, acc=o, input_precision=PRECISION)
-            if overlap_ptr is not None:
-                other = load_rows(other_ptr, first, head // (HEADS // OTHER_HEADS), OTHER_HEADS, V, rows, values, valid)
-                overlap = tl.sum(o * other.to(tl.float32), 1)
-                at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
-                tl.store(overlap_ptr + at, overlap, mask=valid)
-                o += scale * own[:, None] * v.to(tl.float32)
             store_rows(o_ptr, o, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
-            state *= tl.exp(total.to(tl.float32))
+            state *= decay_of(total)
             v = (v.to(tl.float32) * after[:, None]).to(dtype)
             if total_ptr is not None:
                 all_decay += total.to(tl.float32)
@@ -204,7 +236,111 @@ def scan_kernel(
         tl.store(final_ptr + state_at, state_scale * state, mask=in_state)
     if total_ptr is not None:
         if tile == 0:
-            tl.store(total_ptr + piece * HEADS + head, all_decay)
+            tl.store(total_ptr + piece * HEADS + head, all_decay / LOG2E)
+
+
+@triton.jit
+def writes_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    decay_ptr,
+    dk_ptr,
+    dv_ptr,
+    initial_ptr,
+    final_ptr,
+    written_ptr,
+    borders_ptr,
+    borders_stride,
+    order_ptr,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    IN_FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. It has the
+    state's gradient twice, the second one transposed.
+
+    `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
+    pointer leaves its part out.
+    """
+    program = tl.program_id(0)
+    head = program % HEADS
+    piece = piece_at(order_ptr, program // HEADS)
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tl.arange(0, V_BLOCK)
+    dtype = k_ptr.dtype.element_ty
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if initial_ptr is not None:
+        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
+        turned_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
+        in_turned = (values < V)[:, None] & (keys < K)[None, :]
+        turned = tl.load(initial_ptr + turned_at, mask=in_turned, other=0.0) / scale
+    else:
+        state = tl.zeros((K_BLOCK, V_BLOCK), tl.float32)
+        turned = tl.zeros((V_BLOCK, K_BLOCK), tl.float32)
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
+    later = rows[:, None] < rows[None, :]
+    seen = rows[:, None] <= rows[None, :]
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        chunk = num_chunks - 1 - step
+        first = start + chunk * CHUNK
+        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
+        valid = rows < num_rows
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
+            before = decay_between(total, summed)[:, None]
+            after = decay_of(summed)[:, None]
+        asked = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            pairs = decay_between(summed[None, :], summed[:, None])
+            asked *= pairs
+        wanted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if written_ptr is not None:
+            written = tl.sum(tl.where(later, asked * wanted, 0.0), 1)
+        asked = tl.where(seen, asked, 0.0).to(dtype)
+        if DECAY != NO_DECAY:
+            wanted *= pairs
+        wanted = tl.where(seen, wanted, 0.0).to(dtype)
+        dv = tl.dot(k, state.to(dtype), input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dv *= before
+        if written_ptr is not None:
+            written += tl.sum(dv * v.to(tl.float32), 1)
+            tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
+        dv = tl.dot(asked, do, acc=dv, input_precision=PRECISION)
+        store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
+        dk = tl.dot(v, turned.to(dtype), input_precision=PRECISION)
+        if DECAY != NO_DECAY:
+            dk *= before
+        dk = tl.dot(wanted, q, acc=dk, input_precision=PRECISION)
+        store_rows(dk_ptr, scale * dk, first, head, HEADS, K, rows, keys, valid)
+        if DECAY != NO_DECAY:
+            state *= decay_of(total)
+            turned *= decay_of(total)
+            do = (do.to(tl.float32) * after).to(dtype)
+        state = tl.dot(tl.trans(q), do, acc=state, input_precision=PRECISION)
+        turned = tl.dot(tl.trans(do), q, acc=turned, input_precision=PRECISION)
+    if final_ptr is not None:
+        tl.store(final_ptr + state_at, scale * state, mask=in_state)
 
 
 class _Walk(NamedTuple):
@@ -215,6 +351,8 @@ class _Walk(NamedTuple):
     """The log decays `[H]`, or the sums of a chunk's `[H, S]`."""
     heads: int
     splits: Splits
+    in_full: bool
+    """Whether every piece is whole chunks."""
 
 
 def _scan(
@@ -280,6 +418,7 @@ def _scan(
         K_BLOCK=block_of(key_dim),
         V_TILE=value_tile,
         DECAY=walk.kind,
+        IN_FULL=walk.in_full,
         REVERSE=reverse,
         TRANSPOSED_STATE=transposed_state,
         PRECISION=precision_of(k.dtype),
@@ -287,6 +426,51 @@ def _scan(
         num_stages=launch.num_stages,
     )
     return overlap
+
+
+def _writes(
+    walk: _Walk, q: Tensor, k: Tensor, v: Tensor, d_output: Tensor, dk: Tensor, dv: Tensor, starts: Tensor | None,
+    final: Tensor | None, *, scale: float, want_decay: bool,
+) -> Tensor | None:  # fmt: skip
+    """Fill `dk`, `dv` and, if given, `final`; returns `[1, H, S]` float32, <dv, v> without each token's own pair, if wanted."""
+    num_tokens, key_dim, value_dim = v.shape[0], k.shape[2], v.shape[2]
+    written = None
+    if want_decay:
+        written = torch.empty(1, walk.heads, num_tokens, dtype=torch.float32, device=v.device)
+    launch = WRITES_TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
+    borders = walk.splits.borders
+    launch_kernel(
+        writes_kernel,
+        walk.splits.num_pieces * walk.heads,
+        q,
+        k,
+        v,
+        d_output,
+        walk.decays,
+        dk,
+        dv,
+        starts,
+        final,
+        written,
+        borders,
+        borders.stride(0),
+        walk.splits.order,
+        num_tokens,
+        scale,
+        HEADS=walk.heads,
+        K_HEADS=k.shape[1],
+        K=key_dim,
+        V=value_dim,
+        CHUNK=choose_launch(key_dim, k.dtype).chunk,
+        K_BLOCK=block_of(key_dim),
+        V_BLOCK=block_of(value_dim),
+        DECAY=walk.kind,
+        IN_FULL=walk.in_full,
+        PRECISION=precision_of(k.dtype),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return written
 
 
 def _joined(
@@ -311,14 +495,14 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
 
 
 def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> _Walk:
+    chunk = choose_launch(k.shape[2], k.dtype).chunk
     if decay is Decay.SCALAR:
         assert log_decay is not None
-        chunk = choose_launch(k.shape[2], k.dtype).chunk
         # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
         chunks = ragged.pieces(v.shape[0], chunk)
         log_decay = chunk_sums(log_decay, chunks.borders, chunk, exact=k.dtype == torch.float32)
     splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
-    return _Walk(DECAY_KINDS[decay], log_decay, v.shape[1], splits)
+    return _Walk(DECAY_KINDS[decay], log_decay, v.shape[1], splits, ragged.in_full(v.shape[0], chunk))
 
 
 def forward(
@@ -381,22 +565,19 @@ def backward(
         walk, d_output, v, k, starts=starts, output=dq, scale=scale, transposed_state=True,
         other=q if want_decay else None,
     )  # fmt: skip
-    _scan(
-        walk,
-        v,
-        d_output,
-        q,
-        starts=reverse_starts,
-        output=dk,
-        scale=scale,
-        state_scale=scale,
-        reverse=True,
-        transposed_state=True,
-    )
-    written = _scan(
-        walk, k, q, d_output, starts=reverse_starts, output=dv, scale=scale, state_scale=scale, reverse=True,
-        final=piece_ends, other=v if want_decay else None,
-    )  # fmt: skip
+    if writes_together(k.shape[2], v.shape[2], k.dtype):
+        written = _writes(
+            walk, q, k, v, d_output, dk, dv, reverse_starts, piece_ends, scale=scale, want_decay=want_decay
+        )
+    else:
+        _scan(
+            walk, v, d_output, q, starts=reverse_starts, output=dk, scale=scale, state_scale=scale, reverse=True,
+            transposed_state=True,
+        )  # fmt: skip
+        written = _scan(
+            walk, k, q, d_output, starts=reverse_starts, output=dv, scale=scale, state_scale=scale, reverse=True,
+            final=piece_ends, other=v if want_decay else None,
+        )  # fmt: skip
     if not ragged.dense:
         for gradient in (dq, dk, dv):
             zero_uncovered(gradient, ragged.cu_seqlens)

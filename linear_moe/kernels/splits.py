@@ -95,6 +95,17 @@ class Ragged(NamedTuple):
         """Whether every segment has `max_length` tokens, as a batch has: then sizes alone say where pieces lie."""
         return self.dense and self.num_segments * self.max_length == num_tokens
 
+    def grain(self, num_tokens: int) -> int:
+        """The power of 2, from 32 to 256, that sizes alone say every segment is a multiple of; 1 if there is none."""
+        if not self.uniform(num_tokens) or self.max_length == 0:
+            return 1
+        grain = min(self.max_length & -self.max_length, 256)
+        return grain if grain >= 32 else 1
+
+    def in_full(self, num_tokens: int, length: int) -> bool:
+        """Whether every segment is known to be parts of `length`, a power of 2, and no shorter one."""
+        return self.grain(num_tokens) % length == 0
+
     def pieces(self, num_tokens: int, length: int | None) -> Splits:
         """Segments cut into pieces of `length` of the `num_tokens` tokens, or left whole."""
         if length is None:

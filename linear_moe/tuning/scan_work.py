@@ -32,6 +32,9 @@ CHECKED = (2048, 0, 500, 70, 1)
 """Lengths of the segments that results are checked on: long ones that are split, none, and less than a chunk; then 5 tokens in
 none."""
 
+FULL = (256, 256)
+"""Lengths that are whole chunks and stored pieces, whose kernels have no masks: checked too where those are timed."""
+
 DELTA_GRADIENTS = {"writes": piece_gradients.delta_writes_kernel, "reads": piece_gradients.delta_reads_kernel}
 
 
@@ -52,7 +55,8 @@ class ScanWork:
         sizes = {"K": K, "V": V}
         if self.form.erase is Erase.DELTA:
             chunks = {"solve": (delta_walks.solve_kernel, "K")}
-            walks = {"forward": delta_walks.forward_kernel, "values": delta_walks.values_kernel}
+            values = "values in full" if self._in_full else "values"
+            walks = {"forward": delta_walks.forward_kernel, values: delta_walks.values_kernel}
             if not wide:
                 chunks["pairs"] = (delta_walks.pairs_kernel, "V")
                 walks |= {"queries": delta_walks.queries_kernel, "keys": delta_walks.keys_kernel}
@@ -80,10 +84,13 @@ class ScanWork:
             return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel})]
         # Backwards keys and values change places.
         ways = dict.fromkeys([(K, V), (V, K)])
-        return [
+        scans = [
             Entry(scalar_scan.TABLE, (decay, *way, self.dtype), scalar_scan.scan_kernel, {"K": way[0], "V": way[1]})
             for way in ways
         ]
+        if not scalar_scan.writes_together(K, V, self.dtype):
+            return scans
+        return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_scan.writes_kernel, sizes)]
 
     def _reads(self, weighted: str, gradients: dict[str, Any]) -> list[Entry]:
         decay, sizes, last = (
@@ -101,20 +108,36 @@ class ScanWork:
 
     def run(self) -> None:
         """Forward and backward, without states."""
-        self._kernels(self._timed, states=False)
+        self._kernels(self._timed, self._length, states=False, dense=self.tokens % self._length == 0)
 
     def check(self) -> dict[str, Tensor]:
         """The output, the final state, and the gradient of every input."""
-        return self._kernels(self._ragged, states=True)
+        made = self._kernels(self._ragged, max(self.checked), states=True, dense=False)
+        if self._in_full:
+            full = self._kernels(self._full, max(FULL), states=True, dense=True)
+            made |= {f"{name}, in full": x for name, x in full.items()}
+        return made
 
     def exact(self) -> dict[str, Tensor]:
         """The chunked form's."""
         return self._exact
 
+    @property
+    def _length(self) -> int:
+        return min(SEQUENCE, self.tokens)
+
+    @property
+    def _in_full(self) -> bool:
+        """Whether the timed sequences are whole chunks and stored pieces."""
+        return self.tokens % self._length == 0 and self._length % FULL[0] == 0
+
     @functools.cached_property
     def _timed(self) -> dict[str, Tensor]:
-        length = min(SEQUENCE, self.tokens)
-        return self._draw([length] * (self.tokens // length), spare=self.tokens % length)
+        return self._draw([self._length] * (self.tokens // self._length), spare=self.tokens % self._length)
+
+    @functools.cached_property
+    def _full(self) -> dict[str, Tensor]:
+        return self._draw(list(FULL), spare=0)
 
     @functools.cached_property
     def _ragged(self) -> dict[str, Tensor]:
@@ -148,7 +171,7 @@ class ScanWork:
         inputs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], device=self.device)
         return inputs
 
-    def _kernels(self, inputs: dict[str, Tensor], *, states: bool) -> dict[str, Tensor]:
+    def _kernels(self, inputs: dict[str, Tensor], max_length: int, *, states: bool, dense: bool) -> dict[str, Tensor]:
         given: dict[str, Any] = {
             name: inputs.get(name) if states or name != "initial_state" else None
             for name in ("q", "k", "v", "log_decay", "beta", "initial_state")
@@ -158,17 +181,22 @@ class ScanWork:
             for name, x in given.items()
             if x is not None and (name != "log_decay" or x.dim() > 1)
         }
-        num_tokens = inputs["v"].shape[0]
         output, final_state = library.scan(
             **given | learned, decay=self.form.decay, scale=self.key_dim**-0.5, cu_seqlens=inputs["cu_seqlens"],
-            max_length=max(self.checked) if states else min(SEQUENCE, num_tokens),
-            dense=not states and num_tokens % min(SEQUENCE, num_tokens) == 0, return_final_state=states,
+            max_length=max_length, dense=dense, return_final_state=states,
         )  # fmt: skip
         return _with_gradients(output, final_state, learned, inputs)
 
     @functools.cached_property
     def _exact(self) -> dict[str, Tensor]:
-        inputs = {name: x.double() if x.is_floating_point() else x for name, x in self._ragged.items()}
+        exact = self._chunked(self._ragged, max(self.checked))
+        if self._in_full:
+            exact |= {f"{name}, in full": x for name, x in self._chunked(self._full, max(FULL)).items()}
+        return exact
+
+    def _chunked(self, inputs: dict[str, Tensor], max_length: int) -> dict[str, Tensor]:
+        """In float64."""
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
         learned: dict[str, Any] = {
             name: inputs[name].requires_grad_(name != "log_decay" or inputs[name].dim() > 1)
             for name in ("q", "k", "v", "log_decay", "beta", "initial_state")
@@ -179,7 +207,7 @@ class ScanWork:
         )
         result = scan(
             tokens, form=self.form, step=no_step, scale=self.key_dim**-0.5, initial_state=learned["initial_state"],
-            cu_seqlens=inputs["cu_seqlens"], max_length=max(self.checked), return_final_state=True, impl="chunked",
+            cu_seqlens=inputs["cu_seqlens"], max_length=max_length, return_final_state=True, impl="chunked",
         )  # fmt: skip
         learned = {name: x for name, x in learned.items() if x.requires_grad}
         return _with_gradients(result.output[0], result.final_state, learned, inputs)

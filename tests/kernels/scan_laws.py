@@ -27,6 +27,7 @@ from linear_moe.kernels import (
     piece_reads,
     scalar_scan,
 )
+from linear_moe.kernels.splits import Ragged
 
 KERNEL_MODULES = (
     blocks,
@@ -188,8 +189,27 @@ def a_nan_stays_in_its_segment(form: Recurrence, dtype: torch.dtype, patch: Patc
             assert torch.equal(x[others], expected[name][others]), name
 
 
+def chunks_in_full_change_nothing(form: Recurrence, dtype: torch.dtype, patch: Patch) -> None:
+    """Where sizes say that no chunk is cut off, kernels have no masks: whole segments, and split ones."""
+    length = 256 if piece_reads.takes(16, 12, dtype) and dtype != torch.float32 else 64
+    whole = widened(Case(form, (length, length), 2, 1, K=17, V=10, dense=True, tight=True, dtype=dtype))
+    split = replace(whole, lengths=(4 * length,), heads=1, rate=0.2)
+    for case, processors in ((whole, 1), (split, 8)):
+        use_processors(patch, form, processors)
+        assert Ragged(case.cu_seqlens, case.max_length, case.dense).in_full(case.num_tokens, length)
+        assert (piece_length(case) is None) == (processors == 1)
+        check(case)
+        if DEVICE == "cpu":
+            inputs = draw(case)
+            full = results(kernels, case, inputs)
+            with patch.context() as masked:
+                masked.setattr(Ragged, "in_full", lambda self, num_tokens, length: False)
+                assert_same_bits(full, results(kernels, case, inputs))
+
+
 LAWS: list[Law] = [
     splits_change_nothing,
+    chunks_in_full_change_nothing,
     either_result_alone,
     same_bits_twice,
     strides_change_nothing,

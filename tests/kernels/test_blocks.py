@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,11 @@ def test_decays_are_summed_along_every_chunk(heads: int, exact: bool) -> None:
     assert sums.dtype == (torch.float64 if exact else torch.float32)
 
     def expected(x: Tensor) -> Tensor:
-        parts = [part.cumsum(0) for segment in x.split([*lengths, spare])[:-1] for part in segment.split(chunk)]
+        parts = [
+            part.cumsum(0)
+            for segment in (x / math.log(2)).split([*lengths, spare])[:-1]
+            for part in segment.split(chunk)
+        ]
         return torch.cat(parts).T
 
     assert_within_budget(

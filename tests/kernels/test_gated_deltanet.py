@@ -80,7 +80,7 @@ OF_ERASES = "state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_preci
 BUGS = {
     "a mask dropped": (
         WHOLE,
-        Bug(delta_walks, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk", count=4),
+        Bug(delta_walks, "\n        valid = rows < num_rows", "\n        valid = rows < num_rows + 2", count=4),
     ),
     "a causal mask of erases dropped": (
         WHOLE,
@@ -101,7 +101,7 @@ BUGS = {
     "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
     "the state does not fade": (
         WHOLE,
-        Bug(delta_walks, "state *= tl.exp(total.to(tl.float32))", "state *= 1.0", count=4),
+        Bug(delta_walks, "state *= decay_of(total)", "state *= 1.0", count=4),
     ),
     "the state is not added to": (WHOLE, Bug(delta_walks, "written.to(dtype), acc=state,", "written.to(dtype),")),
     "what reads forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_QUERIES, "pass")),

@@ -175,7 +175,7 @@ def arguments_of(
     if form.erase is Erase.DELTA:
         # The transitions of a split are walked with K columns.
         sizes = [(K, V), (K, K)]
-        walks = ("forward", "values", "queries", "keys")
+        walks = ("forward", "values", "values in full", "queries", "keys")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
         entries += [(gated_deltanet.CHUNK_TABLE, (name, decay, x, dtype)) for name, x in (("solve", K), ("pairs", V))]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
@@ -183,6 +183,7 @@ def arguments_of(
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "states", "gradients")]
     else:
         entries += [(scalar_scan.TABLE, (decay, *way, dtype)) for way in ways]
+        entries += [(scalar_scan.WRITES_TABLE, (decay, K, V, dtype))]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
         entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype))]
     if form.decay is not Decay.VECTOR:

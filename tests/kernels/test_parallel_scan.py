@@ -89,20 +89,23 @@ def test_what_is_read_from_stored_states(erase: Erase, rate: float) -> None:
 
 
 FIRST = "piece = first_piece + chunk * CHUNK // PIECE"
-ERASED = "HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, False, True, "
+ERASED = "HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, "
 BUGS = {
     "the last row masked": (SCALAR, Bug(piece_reads, "valid = row < size", "valid = row < size - 1")),
-    "a mask of columns dropped": (SCALAR, Bug(piece_reads, "there = column < size", "there = column < size + 2")),
+    "a mask of columns dropped": (
+        SCALAR,
+        Bug(piece_reads, "there = each < rows_left(", "there = each < 2 + rows_left("),
+    ),
     "a mask of writes dropped": (
         SCALAR,
-        Bug(parallel_scan, "valid = rows < size - chunk", "valid = rows < size + 2 - chunk"),
+        Bug(parallel_scan, "valid = rows < num_rows", "valid = rows < num_rows + 2"),
     ),
     "a causal mask dropped": (SCALAR, Bug(piece_reads, "tl.where(seen, products, 0.0)", "products")),
     "heads taken in turn": (HEADS, Bug(piece_reads, "head // (HEADS // A_HEADS)", "head % A_HEADS", count=2)),
     "written heads taken in turn": (HEADS, Bug(parallel_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
-    "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= tl.exp(total)", "state *= 1.0")),
+    "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= decay_of(total)", "state *= 1.0")),
     "a write that does not fade": (SCALAR, Bug(parallel_scan, "v.to(tl.float32) * weights[:, None]", "v * 1.0")),
-    "a read that does not fade": (SCALAR, Bug(piece_reads, "o *= tl.exp(summed.to(tl.float32))[:, None]", "pass")),
+    "a read that does not fade": (SCALAR, Bug(piece_reads, "o *= decay_of(summed)[:, None]", "pass")),
     "a constant decay off by one position": (CONSTANT, Bug(parallel_scan, "rate * row", "rate * (row + 1)")),
     "the state of the piece before": (SCALAR, Bug(parallel_scan, FIRST, FIRST + " - (chunk * CHUNK // PIECE > 0)")),
     "a state that is stored a chunk late": (SCALAR, Bug(parallel_scan, "else in_piece == 0", "else in_piece == CHUNK")),
