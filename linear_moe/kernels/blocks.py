@@ -160,14 +160,17 @@ def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECA
 
 @triton.jit
 def decay_of(summed):
-    """The decay that a sum of log decays is of."""
-    return tl.exp2(summed.to(tl.float32))
+    """The decay, float32, that a sum of log decays is of. Of an exact sum, a float64, it is one as well.
+
+    The one instruction that makes a power of 2 in float32 leaves off its last two bits.
+    """
+    return tl.exp2(summed).to(tl.float32)
 
 
 @triton.jit
 def decay_between(later, earlier):
     """The decay from one token to a later one; 1 where they come the other way round, and it might overflow."""
-    return tl.exp2(tl.minimum(later - earlier, 0.0).to(tl.float32))
+    return decay_of(tl.minimum(later - earlier, 0.0))
 
 
 @triton.jit

@@ -85,7 +85,8 @@ def _crosses(later, earlier, WIDTH: tl.constexpr):
 
 @triton.jit
 def _fade(difference):
-    return decay_of(tl.minimum(difference, 0.0))
+    # In float64 it would be many instructions for each of many numbers: registers spill by the thousand.
+    return decay_of(tl.minimum(difference, 0.0).to(tl.float32))
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _around_middle(summed, total, LIMIT: tl.constexpr):
     middle = 0.5 * total
     difference = (summed - middle[None, :]).to(tl.float32)
     difference = tl.minimum(tl.maximum(difference, -0.5 * LIMIT), 0.5 * LIMIT)
-    return decay_of(difference), decay_of(-difference), decay_of(middle)[None, :]
+    return decay_of(difference), decay_of(-difference), decay_of(middle.to(tl.float32))[None, :]
 
 
 @triton.jit
