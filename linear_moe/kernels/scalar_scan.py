@@ -1,18 +1,9 @@
-"""The state-resident scan of recurrences without erase whose decay is none, a constant a head, or a scalar a token.
+"""The scan of recurrences without erase whose decay is none, a constant a head, or a scalar a token.
 
-One program walks the chunks of one (piece of a segment, head, tile of value channels) with its K x V-tile state in
-registers: every input is read once and every output written once. The same walk gives all four results of training:
-
-    o  = scan(q, k, v)             forwards in time
-    dq = scan(do, v, k)            forwards:  dq_t = sum_{j <= t} decay(t, j) <do_t, v_j> k_j
-    dk = scan(v, do, q)            backwards: dk_t = sum_{j >= t} decay(j, t) <v_t, do_j> q_j
-    dv = scan(k, q, do)            backwards: dv_t = sum_{j >= t} decay(j, t) <k_t, q_j> do_j
-
-so there is one kernel, and no accumulator is ever transposed. Of narrow heads another makes dk and dv in one walk. The decay's
-gradient needs no walk: it is made of sums that dq's and dv's leave behind, taken in float32 before anything is rounded
-(`linear_moe.kernels.decay_gradient`): what a token reads or writes without its own pair is
-
-    <o_t, other_t> - own = before_t <q_t S, other_t> + sum_{j < t} decay(t, j) <q_t, k_j> <other_t, v_j>
+The kernels and the mathematics are in `linear_moe.kernels.scalar_walks`; this is how they are launched. A forward pass walks
+each segment, or, of long ones, its pieces, whose starts are joined first. A backward pass is the same walk again with the roles
+of q, k, v and the output's gradient exchanged, two of the three backwards in time; of narrow heads these two are one. The
+decay's gradient needs no walk.
 """
 
 from __future__ import annotations
@@ -20,33 +11,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from linear_moe.forms import Decay
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     DECAY_NAMES,
-    LOG2E,
-    NO_DECAY,
     block_of,
     cdiv,
     chunk_sums,
-    decay_between,
-    decay_of,
-    load_rows,
     new_states,
     num_processors,
-    piece_at,
-    piece_of,
     precision_of,
-    rate_of,
-    rows_left,
-    state_offsets,
-    store_rows,
     sum_heads,
-    summed_decays,
     tile_choices,
     tile_of,
     zero_uncovered,
@@ -56,6 +33,7 @@ from linear_moe.kernels.join import join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward, Forward
+from linear_moe.kernels.scalar_walks import scan_kernel, writes_kernel
 from linear_moe.kernels.splits import Ragged, Splits, split_length
 
 
@@ -121,226 +99,6 @@ def writes_together(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     a head 0.312 (2 stages 0.331) and 0.38; with one a token, where it spills, 0.433 (3 stages 0.454) and 0.46.
     """
     return max(key_dim, value_dim) <= (16 if dtype == torch.float32 else 64)
-
-
-@triton.jit
-def scan_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    decay_ptr,
-    o_ptr,
-    initial_ptr,
-    final_ptr,
-    total_ptr,
-    overlap_ptr,
-    other_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    num_tokens,
-    scale,
-    state_scale,
-    HEADS: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    OTHER_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    V_TILE: tl.constexpr,
-    DECAY: tl.constexpr,
-    IN_FULL: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TRANSPOSED_STATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A null pointer leaves its part out: no output (states alone), no initial or final state, no overlap.
-
-    The walk is linear in its start and in v, so a scale on what is written stands outside it: on the reads, and on the
-    initial and final state.
-    """
-    NUM_TILES: tl.constexpr = (V + V_TILE - 1) // V_TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
-    q_head = head // (HEADS // Q_HEADS)
-    k_head = head // (HEADS // K_HEADS)
-    v_head = head // (HEADS // V_HEADS)
-    rows = tl.arange(0, CHUNK)
-    keys = tl.arange(0, K_BLOCK)
-    values = tile * V_TILE + tl.arange(0, V_TILE)
-    dtype = k_ptr.dtype.element_ty
-
-    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, TRANSPOSED_STATE)
-    in_state = (keys < K)[:, None] & (values < V)[None, :]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / state_scale
-    else:
-        state = tl.zeros((K_BLOCK, V_TILE), tl.float32)
-    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
-    if total_ptr is not None:
-        all_decay = 0.0
-
-    num_chunks = tl.cdiv(size, CHUNK)
-    for step in range(num_chunks):
-        chunk = num_chunks - 1 - step if REVERSE else step
-        first = start + chunk * CHUNK
-        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
-        valid = rows < num_rows
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        v = load_rows(v_ptr, first, v_head, V_HEADS, V, rows, values, valid)
-        # `before` brings the chunk's incoming state to a row, `after` a row's write to the outgoing state.
-        if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
-            to_end = decay_between(total, summed)
-            from_start = decay_of(summed)
-            before = to_end if REVERSE else from_start
-            after = from_start if REVERSE else to_end
-        if o_ptr is not None:
-            q = load_rows(q_ptr, first, q_head, Q_HEADS, K, rows, keys, valid)
-            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-            if DECAY != NO_DECAY:
-                if REVERSE:
-                    products *= decay_between(summed[None, :], summed[:, None])
-                else:
-                    products *= decay_between(summed[:, None], summed[None, :])
-            if overlap_ptr is not None:
-                # A token's own pair crosses nothing.
-                other = load_rows(other_ptr, first, head // (HEADS // OTHER_HEADS), OTHER_HEADS, V, rows, values, valid)
-                met = tl.dot(other, tl.trans(v), input_precision=PRECISION)
-                crosses = seen & (rows[:, None] != rows[None, :])
-                overlap = tl.sum(tl.where(crosses, products * met, 0.0), 1)
-            o = tl.dot(q, state.to(dtype), input_precision=PRECISION)
-            if DECAY != NO_DECAY:
-                o *= before[:, None]
-            if overlap_ptr is not None:
-                overlap += tl.sum(o * other.to(tl.float32), 1)
-                at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
-                tl.store(overlap_ptr + at, scale * overlap, mask=valid)
-            products = tl.where(seen, products, 0.0).to(dtype)
-            o = scale * tl.dot(products, v, acc=o, input_precision=PRECISION)
-            store_rows(o_ptr, o, first, head, HEADS, V, rows, values, valid)
-        if DECAY != NO_DECAY:
-            state *= decay_of(total)
-            v = (v.to(tl.float32) * after[:, None]).to(dtype)
-            if total_ptr is not None:
-                all_decay += total.to(tl.float32)
-        state = tl.dot(tl.trans(k), v, acc=state, input_precision=PRECISION)
-    if final_ptr is not None:
-        tl.store(final_ptr + state_at, state_scale * state, mask=in_state)
-    if total_ptr is not None:
-        if tile == 0:
-            tl.store(total_ptr + piece * HEADS + head, all_decay / LOG2E)
-
-
-@triton.jit
-def writes_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    decay_ptr,
-    dk_ptr,
-    dv_ptr,
-    initial_ptr,
-    final_ptr,
-    written_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    num_tokens,
-    scale,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    DECAY: tl.constexpr,
-    IN_FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. It has the
-    state's gradient twice, the second one transposed.
-
-    `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
-    pointer leaves its part out.
-    """
-    program = tl.program_id(0)
-    head = program % HEADS
-    piece = piece_at(order_ptr, program // HEADS)
-    start, size = piece_of(borders_ptr, borders_stride, piece)
-    k_head = head // (HEADS // K_HEADS)
-    rows = tl.arange(0, CHUNK)
-    keys = tl.arange(0, K_BLOCK)
-    values = tl.arange(0, V_BLOCK)
-    dtype = k_ptr.dtype.element_ty
-    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
-    in_state = (keys < K)[:, None] & (values < V)[None, :]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
-        turned_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
-        in_turned = (values < V)[:, None] & (keys < K)[None, :]
-        turned = tl.load(initial_ptr + turned_at, mask=in_turned, other=0.0) / scale
-    else:
-        state = tl.zeros((K_BLOCK, V_BLOCK), tl.float32)
-        turned = tl.zeros((V_BLOCK, K_BLOCK), tl.float32)
-    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
-    later = rows[:, None] < rows[None, :]
-    seen = rows[:, None] <= rows[None, :]
-    num_chunks = tl.cdiv(size, CHUNK)
-    for step in range(num_chunks):
-        chunk = num_chunks - 1 - step
-        first = start + chunk * CHUNK
-        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
-        valid = rows < num_rows
-        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
-        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
-        if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
-            before = decay_between(total, summed)[:, None]
-            after = decay_of(summed)[:, None]
-        asked = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            pairs = decay_between(summed[None, :], summed[:, None])
-            asked *= pairs
-        wanted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if written_ptr is not None:
-            written = tl.sum(tl.where(later, asked * wanted, 0.0), 1)
-        asked = tl.where(seen, asked, 0.0).to(dtype)
-        if DECAY != NO_DECAY:
-            wanted *= pairs
-        wanted = tl.where(seen, wanted, 0.0).to(dtype)
-        dv = tl.dot(k, state.to(dtype), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dv *= before
-        if written_ptr is not None:
-            written += tl.sum(dv * v.to(tl.float32), 1)
-            tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
-        dv = tl.dot(asked, do, acc=dv, input_precision=PRECISION)
-        store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
-        dk = tl.dot(v, turned.to(dtype), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dk *= before
-        dk = tl.dot(wanted, q, acc=dk, input_precision=PRECISION)
-        store_rows(dk_ptr, scale * dk, first, head, HEADS, K, rows, keys, valid)
-        if DECAY != NO_DECAY:
-            state *= decay_of(total)
-            turned *= decay_of(total)
-            do = (do.to(tl.float32) * after).to(dtype)
-        state = tl.dot(tl.trans(q), do, acc=state, input_precision=PRECISION)
-        turned = tl.dot(tl.trans(do), q, acc=turned, input_precision=PRECISION)
-    if final_ptr is not None:
-        tl.store(final_ptr + state_at, scale * state, mask=in_state)
 
 
 class _Walk(NamedTuple):

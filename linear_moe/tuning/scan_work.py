@@ -21,6 +21,7 @@ from linear_moe.kernels import (
     piece_gradients,
     piece_reads,
     scalar_scan,
+    scalar_walks,
 )
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
@@ -85,12 +86,12 @@ class ScanWork:
         # Backwards keys and values change places.
         ways = dict.fromkeys([(K, V), (V, K)])
         scans = [
-            Entry(scalar_scan.TABLE, (decay, *way, self.dtype), scalar_scan.scan_kernel, {"K": way[0], "V": way[1]})
+            Entry(scalar_scan.TABLE, (decay, *way, self.dtype), scalar_walks.scan_kernel, {"K": way[0], "V": way[1]})
             for way in ways
         ]
         if not scalar_scan.writes_together(K, V, self.dtype):
             return scans
-        return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_scan.writes_kernel, sizes)]
+        return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]
 
     def _reads(self, weighted: str, gradients: dict[str, Any]) -> list[Entry]:
         decay, sizes, last = (

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import pytest
 from cases import DEVICE, Case, check
 
-from linear_moe.kernels import delta_walks, gla_walks, library, piece_gradients, piece_reads
+from linear_moe.kernels import delta_walks, gla_walks, library, piece_gradients, piece_reads, scalar_walks
 
 in_the_interpreter = pytest.mark.skipif(
     DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
 )
 _numbers = itertools.count()
-LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients)
+LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks)
 """Modules of kernels that others launch."""
 
 

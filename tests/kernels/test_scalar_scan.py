@@ -12,7 +12,7 @@ from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Recurrence
-from linear_moe.kernels import blocks, decay_gradient, join, scalar_scan
+from linear_moe.kernels import blocks, decay_gradient, join, scalar_scan, scalar_walks
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS, ids=str)
 
@@ -43,28 +43,28 @@ SCANNED = "valid = rows < num_rows\n        k ="
 WRITTEN = "valid = rows < num_rows\n        q ="
 CHUNKS = "ragged.pieces(v.shape[0], chunk"
 BUGS = {
-    "a mask dropped": (WHOLE, Bug(scalar_scan, SCANNED, SCANNED.replace("num_rows", "num_rows + 2"))),
-    "a mask of writes dropped": (WHOLE, Bug(scalar_scan, WRITTEN, WRITTEN.replace("num_rows", "num_rows + 2"))),
-    "a causal mask dropped": (WHOLE, Bug(scalar_scan, "tl.where(seen, products, 0.0)", "products")),
-    "key heads taken in turn": (HEADS, Bug(scalar_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=2)),
-    "query heads taken in turn": (HEADS, Bug(scalar_scan, "head // (HEADS // Q_HEADS)", "head % Q_HEADS")),
+    "a mask dropped": (WHOLE, Bug(scalar_walks, SCANNED, SCANNED.replace("num_rows", "num_rows + 2"))),
+    "a mask of writes dropped": (WHOLE, Bug(scalar_walks, WRITTEN, WRITTEN.replace("num_rows", "num_rows + 2"))),
+    "a causal mask dropped": (WHOLE, Bug(scalar_walks, "tl.where(seen, products, 0.0)", "products")),
+    "key heads taken in turn": (HEADS, Bug(scalar_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=2)),
+    "query heads taken in turn": (HEADS, Bug(scalar_walks, "head // (HEADS // Q_HEADS)", "head % Q_HEADS")),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
     "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
     "a state transposed": (WHOLE, Bug(blocks, "if TRANSPOSED:", "if False:")),
     "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
     "a constant decay off by one position": (CONSTANT, Bug(blocks, "rate * (rows + 1)", "rate * rows")),
     "a chunk's decays summed over two": (CUT, Bug(scalar_scan, CHUNKS, CHUNKS.replace("chunk", "2 * chunk"))),
-    "the state does not fade": (WHOLE, Bug(scalar_scan, "state *= decay_of(total)", "state *= 1.0", count=2)),
-    "the transposed state does not fade": (WHOLE, Bug(scalar_scan, "turned *= decay_of(total)", "turned *= 1.0")),
+    "the state does not fade": (WHOLE, Bug(scalar_walks, "state *= decay_of(total)", "state *= 1.0", count=2)),
+    "the transposed state does not fade": (WHOLE, Bug(scalar_walks, "turned *= decay_of(total)", "turned *= 1.0")),
     "the transposed state begins as the other": (
         WHOLE,
-        Bug(scalar_scan, "values, keys, V, K, True)", "values, keys, V, K, False)"),
+        Bug(scalar_walks, "values, keys, V, K, True)", "values, keys, V, K, False)"),
     ),
-    "pairs of a key's gradient do not fade": (WHOLE, Bug(scalar_scan, "wanted *= pairs", "wanted *= 1.0")),
-    "the state is not added to": (WHOLE, Bug(scalar_scan, "(tl.trans(k), v, acc=state,", "(tl.trans(k), v,")),
-    "the state's scale forgotten": (WIDE, Bug(scalar_scan, "state_scale * state, mask", "state, mask")),
-    "backwards as forwards": (WIDE, Bug(scalar_scan, "num_chunks - 1 - step if REVERSE else step", "step")),
-    "writes backwards as forwards": (WHOLE, Bug(scalar_scan, "chunk = num_chunks - 1 - step\n", "chunk = step\n")),
+    "pairs of a key's gradient do not fade": (WHOLE, Bug(scalar_walks, "wanted *= pairs", "wanted *= 1.0")),
+    "the state is not added to": (WHOLE, Bug(scalar_walks, "(tl.trans(k), v, acc=state,", "(tl.trans(k), v,")),
+    "the state's scale forgotten": (WIDE, Bug(scalar_walks, "state_scale * state, mask", "state, mask")),
+    "backwards as forwards": (WIDE, Bug(scalar_walks, "num_chunks - 1 - step if REVERSE else step", "step")),
+    "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "chunk = num_chunks - 1 - step\n", "chunk = step\n")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
     "a split's carry does not fade": (CUT, Bug(join, "tl.exp(total) * state", "state")),
     "splits joined backwards as forwards": (
@@ -78,11 +78,11 @@ BUGS = {
     "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.load", "tl.load")),
     "a token's own pair in what it reads": (
         WHOLE,
-        Bug(scalar_scan, "seen & (rows[:, None] != rows[None, :])", "seen"),
+        Bug(scalar_walks, "seen & (rows[:, None] != rows[None, :])", "seen"),
     ),
     "a token's own pair in what it writes": (
         WHOLE,
-        Bug(scalar_scan, "later = rows[:, None] < rows[None, :]", "later = rows[:, None] <= rows[None, :]"),
+        Bug(scalar_walks, "later = rows[:, None] < rows[None, :]", "later = rows[:, None] <= rows[None, :]"),
     ),
 }
 
