@@ -16,7 +16,7 @@ from linear_moe.layers.packed_attention import attend_packed, flash_takes
 from linear_moe.layers.sequences import Sequences, describe_sequences
 from linear_moe.rules.looks import may_look
 from linear_moe.rules.segments import Segments, pad_segments, segments_of, unpad_segments
-from linear_moe.rules.transforms import rotary
+from linear_moe.rules.transforms import rotary_of
 
 
 class _Rows(NamedTuple):
@@ -192,7 +192,8 @@ class SoftmaxAttention(nn.Module):
         positions = positions.view(x.shape[:2])
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
-        q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+        rotate = rotary_of(q, positions, self.rope_base)
+        q, k = rotate(q), rotate(k)
         valid = sequences.valid.view(x.shape[:2])
         if segments is None:
             return _Rows(q, k, v, positions, valid, sequences.index[None] if packed else None)

@@ -13,7 +13,7 @@ from linear_moe.rules.base import Projection, RuleOutput, Tokens, UpdateRule, op
 from linear_moe.rules.linear_attention import with_short_conv
 from linear_moe.rules.registry import register_rule
 from linear_moe.rules.scan import run_op
-from linear_moe.rules.transforms import rotary
+from linear_moe.rules.transforms import rotary_of
 from linear_moe.static_tensors import static
 
 
@@ -47,7 +47,8 @@ class RetNet(UpdateRule):
         return with_short_conv(super().projections(), self.short_conv)
 
     def qk_transform(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+        rotate = rotary_of(q, positions, self.rope_base)
+        return rotate(q), rotate(k)
 
     def gates(self, raw: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"log_decay": retention_log_decay(self.dims.num_value_heads, raw["q"].device)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,46 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
         positions: `[...]` integer positions in the text.
         base: the longest wavelength over 2 pi.
     """
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    return rotary_of(x, positions, base)(x)
+
+
+def rotary_of(like: Tensor, positions: Tensor, base: float = 10000.0) -> Callable[[Tensor], Tensor]:
+    """`rotary` at these positions, of several tensors `[..., H, K]` of the dtype and the K of one that they are `like`."""
+    half = like.shape[-1] // 2
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    frequency = base ** (-torch.arange(half, device=like.device, dtype=dtype) / half)
     angle = positions.to(dtype)[..., None, None] * frequency
-    first, second = upcast(x).chunk(2, -1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x.dtype)
+
+    def rotate(x: Tensor) -> Tensor:
+        rotated: Tensor = _Rotation.apply(x, cos, sin)
+        return rotated
+
+    return rotate
+
+
+class _Rotation(torch.autograd.Function):
+    """Pairs of channels turned by an angle. The gradient is turned back: nothing as large as x is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradients[0], cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # 16 bits times float32 is float32.
+    one, other = turned.chunk(2, -1)
+    one.copy_(first * cos - second * sin)
+    other.copy_(first * sin + second * cos)
+    return turned
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {

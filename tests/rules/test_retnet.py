@@ -12,6 +12,7 @@ from torch import Tensor
 from linear_moe import ops
 from linear_moe.rules import RetNet, RuleDims, Tokens
 from linear_moe.rules.retnet import retention_log_decay
+from linear_moe.rules.transforms import rotary
 
 DIMS = RuleDims(hidden_size=8, num_heads=2, num_value_heads=4, head_dim=6, head_value_dim=3)
 
@@ -62,6 +63,26 @@ def test_rotary_turns_pairs_by_position_times_frequency() -> None:
     expected = torch.complex(plain[..., :half], plain[..., half:]) * torch.polar(torch.ones_like(angle), angle)
     torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), -1))
     torch.testing.assert_close(turned[:, 0], plain[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_rotations_gradient_is_turned_back(dtype: torch.dtype) -> None:
+    """By the definition, and of rows that are a part of longer ones; what is turned keeps its dtype."""
+    positions = torch.tensor([[0, 5, 3, 900]])
+    x = torch.randn(1, 4, 2, 9, dtype=dtype).requires_grad_()
+    seed = torch.randn(1, 4, 2, 6, dtype=dtype)
+    made = rotary(x[..., 2:8], positions)
+    (gradient,) = torch.autograd.grad(made, x, seed)
+    wide = x.detach().double().requires_grad_()
+    angle = positions[..., None, None] * 10000.0 ** (-torch.arange(3).double() / 3)
+    turned = torch.complex(wide[..., 2:5], wide[..., 5:8]) * torch.polar(torch.ones_like(angle), angle)
+    exact = torch.cat((turned.real, turned.imag), -1)
+    (expected,) = torch.autograd.grad(exact, wide, seed.double())
+    assert made.dtype == gradient.dtype == dtype and made.is_contiguous()
+    # A position of 900 in float32 is an angle with an error of its own.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(made.double(), exact, rtol=0, atol=tolerance * 4)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=tolerance * 4)
 
 
 def test_rope_base_sets_the_slowest_turn() -> None:
