@@ -64,7 +64,7 @@ class Mamba2(UpdateRule):
         x = raw["x"].unflatten(-1, (dims.num_value_heads, dims.head_value_dim))
         dt = F.softplus(upcast(raw["dt"]) + parameters["dt_bias"])
         tokens = as_tokens(C, B, x, dt, -upcast(parameters["A_log"]).exp())
-        return tokens._replace(extras={"skip": upcast(parameters["D"])[:, None] * x})
+        return tokens._replace(extras={"x": x})
 
     @staticmethod
     def step(state: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,12 @@ class Mamba2(UpdateRule):
         return state, (token.q[..., None, :] @ state).squeeze(-2)
 
     def output(self, output: Tensor, tokens: Tokens, parameters: Mapping[str, Tensor]) -> Tensor:
-        return output + tokens.extras["skip"].to(output.dtype)
+        return _with_skip(output, parameters["D"], tokens.extras["x"])
+
+
+def _with_skip(output: Tensor, D: Tensor, x: Tensor) -> Tensor:
+    """The reads `[..., H, V]` and D x, added in float32, in the dtype of the reads."""
+    return torch.addcmul(output, upcast(D)[:, None], x).to(output.dtype)
 
 
 def as_tokens(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, A: Tensor) -> Tokens:
@@ -137,4 +142,4 @@ def mamba2(
         impl=impl,
         names=("C", "B", "x"),
     )
-    return result._replace(output=torch.addcmul(result.output, upcast(D)[:, None], x).to(x.dtype))
+    return result._replace(output=_with_skip(result.output, D, x))
