@@ -209,3 +209,25 @@ def test_joins_are_a_loop_over_pieces(K: int, V: int, kind: str, initial: bool, 
         loop(increments, exact.float(), state, splits, reverse),
         loop(increments.double(), exact, None if state is None else state.double(), splits, reverse),
     )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "dense", "grain"),
+    [
+        ([64, 64], 64, True, 64),
+        ([96, 96], 96, True, 32),
+        ([4096], 4096, True, 256),
+        ([48, 48], 48, True, 1),
+        # Sizes do not say where these end.
+        ([64, 128], 128, True, 1),
+        ([64, 64], 128, True, 1),
+        ([64, 64], 64, False, 1),
+        ([0, 0], 0, True, 1),
+    ],
+)
+def test_whole_chunks_are_known_by_sizes_alone(lengths: list[int], max_length: int, dense: bool, grain: int) -> None:
+    ragged = Ragged(borders_of(lengths), max_length, dense)
+    num_tokens = sum(lengths)
+    assert ragged.grain(num_tokens) == grain
+    for length in (32, 64, 256):
+        assert ragged.in_full(num_tokens, length) == (grain >= length)
