@@ -46,6 +46,17 @@ def piece_at(order_ptr, turn):
 
 
 @triton.jit
+def walk_at(order_ptr, borders_ptr, borders_stride, HEADS: tl.constexpr, TILES: tl.constexpr):
+    """Which tile of which head of which piece a program walks; the piece's first token and how many it has."""
+    program = tl.program_id(0)
+    tile = program % TILES
+    head = (program // TILES) % HEADS
+    piece = piece_at(order_ptr, program // (TILES * HEADS))
+    start, size = piece_of(borders_ptr, borders_stride, piece)
+    return tile, head, piece, start, size
+
+
+@triton.jit
 def part_of(borders_ptr, stride, part, PIECE: tl.constexpr, PART: tl.constexpr):
     """The same of a part of a piece: pieces of PIECE tokens have PIECE // PART, of which the last may be empty."""
     PARTS: tl.constexpr = PIECE // PART

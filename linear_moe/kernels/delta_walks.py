@@ -29,12 +29,12 @@ from linear_moe.kernels.blocks import (
     load_columns,
     load_rows,
     part_of,
-    piece_at,
     piece_of,
     rows_left,
     state_offsets,
     store_rows,
     summed_decays,
+    walk_at,
 )
 
 
@@ -192,11 +192,7 @@ def forward_kernel(
     I, whose final state is what the piece does to any state `[K, K]`.
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
     # A final state alone is for what comes after: of a piece that was emptied nothing does. Transitions are kept, all of them.
     if (o_ptr is None) and (wrong_ptr is None) and not TRANSITION:
         if size == 0:
@@ -295,11 +291,7 @@ def values_kernel(
     The walk is linear in `do` and its start, so `scale` stands outside it.
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
     if dv_ptr is None:
         if size == 0:
             return
@@ -445,11 +437,7 @@ def queries_kernel(
     PRECISION: tl.constexpr,
 ):
     NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)
@@ -536,11 +524,7 @@ def keys_kernel(
 ):
     """Adds the write's part to the erase's part that `dk` already holds."""
     NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     values = tl.arange(0, V_BLOCK)

@@ -34,12 +34,12 @@ from linear_moe.kernels.blocks import (
     decay_of,
     load_columns,
     load_rows,
-    piece_at,
     piece_of,
     rows_left,
     state_offsets,
     store_rows,
     to_base_2,
+    walk_at,
 )
 
 UNITS_BLOCK = tl.constexpr(64)
@@ -267,11 +267,7 @@ def walk_kernel(
     direction.
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
     first_chunk = tl.load(chunks_ptr + piece)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)

@@ -33,8 +33,6 @@ from linear_moe.kernels.blocks import (
     load_rows,
     new_states,
     num_processors,
-    piece_at,
-    piece_of,
     precision_of,
     rate_of,
     rows_left,
@@ -43,6 +41,7 @@ from linear_moe.kernels.blocks import (
     summed_decays,
     tile_choices,
     tile_of,
+    walk_at,
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
@@ -132,11 +131,7 @@ def states_kernel(
     """A null pointer leaves its part out. `borders` are those of the walks, `first_piece` the piece each begins with."""
     K_TILES: tl.constexpr = (K + K_TILE - 1) // K_TILE
     V_TILES: tl.constexpr = (V + V_TILE - 1) // V_TILE
-    program = tl.program_id(0)
-    tile = program % (K_TILES * V_TILES)
-    head = (program // (K_TILES * V_TILES)) % HEADS
-    walk = piece_at(order_ptr, program // (K_TILES * V_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, walk)
+    tile, head, walk, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, K_TILES * V_TILES)
     # States alone are for what comes after: of a walk that was emptied nothing does.
     if states_ptr is None:
         if size == 0:

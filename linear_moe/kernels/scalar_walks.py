@@ -28,13 +28,12 @@ from linear_moe.kernels.blocks import (
     decay_between,
     decay_of,
     load_rows,
-    piece_at,
-    piece_of,
     rate_of,
     rows_left,
     state_offsets,
     store_rows,
     summed_decays,
+    walk_at,
 )
 
 
@@ -78,11 +77,7 @@ def scan_kernel(
     initial and final state.
     """
     NUM_TILES: tl.constexpr = (V + V_TILE - 1) // V_TILE
-    program = tl.program_id(0)
-    tile = program % NUM_TILES
-    head = (program // NUM_TILES) % HEADS
-    piece = piece_at(order_ptr, program // (NUM_TILES * HEADS))
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
     q_head = head // (HEADS // Q_HEADS)
     k_head = head // (HEADS // K_HEADS)
     v_head = head // (HEADS // V_HEADS)
@@ -188,10 +183,7 @@ def writes_kernel(
     `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
     pointer leaves its part out.
     """
-    program = tl.program_id(0)
-    head = program % HEADS
-    piece = piece_at(order_ptr, program // HEADS)
-    start, size = piece_of(borders_ptr, borders_stride, piece)
+    _, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, 1)
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
