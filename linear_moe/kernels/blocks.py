@@ -135,6 +135,15 @@ def state_offsets(piece, head, HEADS: tl.constexpr, rows, columns, ROWS: tl.cons
 
 
 @triton.jit
+def folded_offsets(chunk, head, blocks_apart, HEADS: tl.constexpr, keys, values, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the state of one (chunk, head) lies in what `new_folded_states` makes: `[keys, values]` int64."""
+    WIDTH: tl.constexpr = (K + BLOCK - 1) // BLOCK * BLOCK
+    row = (keys % BLOCK).to(tl.int64) * (HEADS * WIDTH) + keys // BLOCK * BLOCK
+    column = (values // BLOCK).to(tl.int64) * blocks_apart + values % BLOCK
+    return row[:, None] + column[None, :] + (chunk * BLOCK * HEADS + head) * WIDTH
+
+
+@triton.jit
 def to_base_2(log_decay):
     # A number in the text would be a float32.
     return log_decay * tl.full((), LOG2E, log_decay.dtype)
@@ -357,6 +366,16 @@ def block_of(size: int, largest: int | None = None) -> int:
 def new_states(count: int, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for `count` states of every head, `[count, H, K, V]`, whatever torch's default dtype is."""
     return torch.empty(count, v.shape[1], k.shape[2], v.shape[2], dtype=dtype, device=k.device)
+
+
+def new_folded_states(chunks: int, length: int, k: Tensor, v: Tensor) -> Tensor:
+    """Room for the states of chunks of C = `length` tokens, in the dtype of k, by blocks of C keys and C values.
+
+    Blocks of the same values are a tensor as keys are, of a token for each key of a block: `[V / C, chunks * C, H, K]`, K and V
+    rounded up to whole blocks. So a gradient of keys can take the memory of the blocks it is made of.
+    """
+    blocks = [cdiv(size, length) for size in (v.shape[2], k.shape[2])]
+    return k.new_empty(blocks[0], chunks * length, v.shape[1], blocks[1] * length)
 
 
 LINE = 128

@@ -10,11 +10,10 @@ and so are its gradients for q and k. What the erase adds is that r depends on i
     solve        chunk-parallel: E, and the reads P_tj = <q_t, k_j> e^(G_t - G_j), j <= t
     forward      forwards, a tile of value channels: r and o, from the state S [K, tile] in registers
     values       backwards, likewise: dw = du - E^T (b du) with du = dS^T k, dv = b dw, and b's gradient <dw, r>
-    pairs        chunk-parallel: <do_t, u_j> and <dv_t, u_j>, decayed
-    queries      forwards, a tile of key channels, state S^T: dq, and the erase's part of dk, -S'_t dv_t
-    keys         backwards, likewise, state dS^T: the write's part of dk, dS_t u_t
+    gradients    chunk-parallel, a tile of key channels, from the states that the walks stored, with which
+                 dq_t = S_t do_t, and dk_t is the write's dS_t u_t less the erase's S'_t dv_t
 
-The decay's gradient is made of sums that the last two leave behind (`linear_moe.kernels.decay_gradient`).
+The decay's gradient is made of sums that the last leaves behind (`linear_moe.kernels.decay_gradient`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from linear_moe.kernels.blocks import (
     NO_DECAY,
     decay_between,
     decay_of,
+    folded_offsets,
     load_columns,
     load_rows,
     part_of,
@@ -96,6 +96,34 @@ def _joined(lower, inverse, row, column, FIRST: tl.constexpr, LAST: tl.constexpr
         step = _product(tl.where(joins, lower, 0.0), inverse, PRECISION)
         inverse -= _product(inverse, step, PRECISION)
     return inverse
+
+
+@triton.jit
+def _sum_of_products(x, y, sum, PRECISION: tl.constexpr):
+    """A sum with x y added, y rounded to the dtype of x. In float64 where results are exact: what is erased of what was written
+    can leave a small rest of large numbers.
+    """
+    if PRECISION == "ieee":
+        sum = tl.dot(x.to(tl.float64), y.to(tl.float64), acc=sum.to(tl.float64), out_dtype=tl.float64)
+    else:
+        sum = tl.dot(x, y.to(x.dtype), acc=sum, input_precision=PRECISION)
+    return sum
+
+
+@triton.jit
+def _store_state(
+    states_ptr, state, is_due, first_piece_ptr, piece, chunk, head, blocks_apart, HEADS: tl.constexpr, keys, values,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Of every chunk, folded, or of every larger piece, where it is due."""
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    if PIECE == CHUNK:
+        place = tl.load(first_piece_ptr + piece) + chunk
+        at = folded_offsets(place, head, blocks_apart, HEADS, keys, values, K, CHUNK)
+        tl.store(states_ptr + at, state, mask=in_state)
+    elif is_due:
+        place = tl.load(first_piece_ptr + piece) + chunk * CHUNK // PIECE
+        tl.store(states_ptr + state_offsets(place, head, HEADS, keys, values, K, V, False), state, mask=in_state)
 
 
 @triton.jit
@@ -199,6 +227,7 @@ def forward_kernel(
     first_piece_ptr,
     borders_ptr,
     borders_stride,
+    blocks_apart,
     order_ptr,
     num_tokens,
     scale,
@@ -215,8 +244,8 @@ def forward_kernel(
     TRANSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out. `states`: of the state before each PIECE tokens. TRANSITION: no values and a start of
-    I, whose final state is what the piece does to any state `[K, K]`.
+    """A null pointer leaves its part out, but P, which is made here then. `states`: of the state before each PIECE tokens.
+    TRANSITION: no values and a start of I, whose final state is what the piece does to any state `[K, K]`.
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
     tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
@@ -246,11 +275,9 @@ def forward_kernel(
         beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
         rounded = state.to(dtype)
         if states_ptr is not None:
-            if chunk * CHUNK % PIECE == 0:
-                place = tl.load(first_piece_ptr + piece) + chunk * CHUNK // PIECE
-                tl.store(
-                    states_ptr + state_offsets(place, head, HEADS, keys, values, K, V, False), rounded, mask=in_state
-                )
+            is_due = chunk * CHUNK % PIECE == 0
+            _store_state(states_ptr, rounded, is_due, first_piece_ptr, piece, chunk, head, blocks_apart, HEADS, keys, values,
+                         K, V, CHUNK, PIECE)  # fmt: skip
         wrong = -tl.dot(k, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
@@ -265,7 +292,13 @@ def forward_kernel(
             store_rows(wrong_ptr, wrong, first, head, HEADS, V, rows, values, valid)
         if o_ptr is not None:
             q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-            reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+            if reads_ptr is not None:
+                reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+            else:
+                pairs = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if DECAY != NO_DECAY:
+                    pairs *= decay_between(summed[:, None], summed[None, :])
+                reads = tl.where(rows[:, None] >= rows[None, :], pairs, 0.0).to(dtype)
             o = tl.dot(q, rounded, input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 o *= from_start
@@ -297,6 +330,7 @@ def values_kernel(
     first_piece_ptr,
     borders_ptr,
     borders_stride,
+    blocks_apart,
     order_ptr,
     num_tokens,
     scale,
@@ -312,8 +346,8 @@ def values_kernel(
     IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone. `states`: of
-    the gradient after each PIECE tokens, without the scale.
+    """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone; without
+    `reads` P is made here. `states`: of the gradient after each PIECE tokens, without the scale.
 
     The walk is linear in `do` and its start, so `scale` stands outside it.
     """
@@ -345,17 +379,16 @@ def values_kernel(
         if dv_ptr is not None:
             # Before the products: a tile that is loaded after them would draw the sum with it to its own layout.
             wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
-        later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        if reads_ptr is not None:
+            later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         later_erasure = load_columns(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
         rounded = state.to(dtype)
         if states_ptr is not None:
             end = (chunk + 1) * CHUNK
-            if (end % PIECE == 0) | (end >= size):
-                place = tl.load(first_piece_ptr + piece) + chunk * CHUNK // PIECE
-                tl.store(
-                    states_ptr + state_offsets(place, head, HEADS, keys, values, K, V, False), rounded, mask=in_state
-                )
+            is_due = (end % PIECE == 0) | (end >= size)
+            _store_state(states_ptr, rounded, is_due, first_piece_ptr, piece, chunk, head, blocks_apart, HEADS, keys, values,
+                         K, V, CHUNK, PIECE)  # fmt: skip
         d_write = tl.dot(k, rounded, input_precision=PRECISION)
         read = do
         if DECAY != NO_DECAY:
@@ -363,11 +396,16 @@ def values_kernel(
             from_start = decay_of(summed)[:, None]
             d_write *= decay_between(total, summed)[:, None]
             state *= decay_of(total)
-            read = (do.to(tl.float32) * from_start).to(dtype)
+            read = do.to(tl.float32) * from_start
+        if reads_ptr is None:
+            pairs = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if DECAY != NO_DECAY:
+                pairs *= decay_between(summed[None, :], summed[:, None])
+            later_reads = tl.where(rows[:, None] <= rows[None, :], pairs, 0.0).to(dtype)
         # Before the products that wait for each other: it waits for none of them.
-        state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)
-        d_write = tl.dot(later_reads, do, acc=d_write, input_precision=PRECISION)
-        d_write = tl.dot(later_erasure, (-beta * d_write).to(dtype), acc=d_write, input_precision=PRECISION)
+        state = _sum_of_products(tl.trans(q), read, state, PRECISION)
+        d_write = _sum_of_products(later_reads, do, d_write, PRECISION)
+        d_write = _sum_of_products(later_erasure, -beta * d_write, d_write, PRECISION).to(tl.float32)
         dv = beta * d_write
         if dv_ptr is not None:
             at = (tile.to(tl.int64) * num_tokens + first + rows) * HEADS + head
@@ -375,227 +413,104 @@ def values_kernel(
             store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             dv *= from_start
-        state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_precision=PRECISION)
+        state = _sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)
 
 
 @triton.jit
-def pairs_kernel(
+def gradients_kernel(
+    q_ptr,
+    k_ptr,
     do_ptr,
     dv_ptr,
     wrong_ptr,
     decay_ptr,
     beta_ptr,
-    reads_ptr,
-    erases_ptr,
-    own_ptr,
+    states_ptr,
+    ends_ptr,
+    dq_ptr,
+    dk_ptr,
+    read_ptr,
+    written_ptr,
     borders_ptr,
     borders_stride,
+    blocks_apart,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
     V: tl.constexpr,
     CHUNK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """`read` and `written`: what dq, dk and a token's own pair are made of, but for that pair; null pointers without a decay.
+
+    `dq` and `dk` may be blocks of `ends`: a program alone reads its blocks, all before it stores any.
+    """
+    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
     program = tl.program_id(0)
-    head = program % HEADS
-    start, size = piece_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64))
+    tile = program % NUM_TILES
+    head = (program // NUM_TILES) % HEADS
+    chunk = (program // (NUM_TILES * HEADS)).to(tl.int64)
+    start, size = piece_of(borders_ptr, borders_stride, chunk)
+    # Of an empty segment no walk has stored a state.
     if size == 0:
         return
+    k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
-    values = tl.arange(0, V_BLOCK)
+    keys = tile * TILE + tl.arange(0, TILE)
     num_rows = rows_left(size, 0, CHUNK, IN_FULL)
     valid = rows < num_rows
     at = head.to(tl.int64) * num_tokens + start + rows
-    wrong = load_rows(wrong_ptr, start, head, HEADS, V, rows, values, valid)
-    do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
-    dv = load_rows(dv_ptr, start, head, HEADS, V, rows, values, valid)
+    dtype = k_ptr.dtype.element_ty
+    reads, erases = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
+    dq, erased, dk = (tl.zeros((CHUNK, TILE), tl.float32),) * 3
+    for first in range(0, V, COLUMNS):
+        values = first + tl.arange(0, COLUMNS)
+        do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
+        dv = load_rows(dv_ptr, start, head, HEADS, V, rows, values, valid)
+        wrong = load_rows(wrong_ptr, start, head, HEADS, V, rows, values, valid)
+        state_at = folded_offsets(chunk, head, blocks_apart, HEADS, keys, values, K, CHUNK)
+        in_state = (keys < K)[:, None] & (values < V)[None, :]
+        state = tl.load(states_ptr + state_at, mask=in_state, other=0.0)
+        end = tl.load(ends_ptr + state_at, mask=in_state, other=0.0)
+        reads = tl.dot(do, tl.trans(wrong), acc=reads, input_precision=PRECISION)
+        erases = tl.dot(dv, tl.trans(wrong), acc=erases, input_precision=PRECISION)
+        dq = tl.dot(do, tl.trans(state), acc=dq, input_precision=PRECISION)
+        erased = tl.dot(dv, tl.trans(state), acc=erased, input_precision=PRECISION)
+        dk = tl.dot(wrong, tl.trans(end), acc=dk, input_precision=PRECISION)
+    q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+    k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
     earlier = rows[:, None] > rows[None, :]
     # What is written is u = b r.
     weights = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
+    to_end = beta * scale
+    from_start = tl.full((CHUNK,), 1.0, tl.float32)
     if DECAY != NO_DECAY:
-        summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
+        summed, total = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
         weights *= decay_between(summed[:, None], summed[None, :])
-    reads = scale * tl.dot(do, tl.trans(wrong), input_precision=PRECISION)
+        from_start = decay_of(summed)
+        to_end *= decay_between(total, summed)
     # A token's own pair crosses nothing: it stands apart from the sums that the decay's gradient is made of.
-    own = beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
-    tl.store(own_ptr + at, own, mask=valid)
-    store_rows(reads_ptr, tl.where(earlier, weights * reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
-    erases = tl.dot(dv, tl.trans(wrong), input_precision=PRECISION)
-    store_rows(erases_ptr, tl.where(earlier, -weights * erases, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
-
-
-@triton.jit
-def queries_kernel(
-    q_ptr,
-    k_ptr,
-    do_ptr,
-    dv_ptr,
-    wrong_ptr,
-    decay_ptr,
-    beta_ptr,
-    reads_ptr,
-    erases_ptr,
-    own_ptr,
-    dq_ptr,
-    dk_ptr,
-    overlap_ptr,
-    initial_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    num_tokens,
-    scale,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    DECAY: tl.constexpr,
-    IN_FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
-    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
-    k_head = head // (HEADS // K_HEADS)
-    rows = tl.arange(0, CHUNK)
-    values = tl.arange(0, V_BLOCK)
-    keys = tile * TILE + tl.arange(0, TILE)
-    dtype = k_ptr.dtype.element_ty
-    if initial_ptr is not None:
-        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
-        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
-    else:
-        state = tl.zeros((V_BLOCK, TILE), tl.float32)
-    for chunk in range(tl.cdiv(size, CHUNK)):
-        first = start + chunk * CHUNK
-        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
-        valid = rows < num_rows
-        at = head.to(tl.int64) * num_tokens + first + rows
-        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
-        dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
-        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
-        reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        erases = load_rows(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        if overlap_ptr is not None:
-            # Before the products, as in the walk of the values.
-            q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        # u = b r is never made: b goes into what u is multiplied with, so that r goes from memory into the products as it is.
-        written = tl.load(beta_ptr + at, mask=valid, other=0.0)
-        rounded = state.to(dtype)
-        if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
-            from_start = decay_of(summed)[:, None]
-            written *= decay_between(total, summed)
-            state *= decay_of(total)
-        dk = -tl.dot(dv, rounded, input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dk *= from_start
-        dk = tl.dot(erases, k, acc=dk, input_precision=PRECISION)
-        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
-        dq = scale * tl.dot(do, rounded, input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dq *= from_start
-        if overlap_ptr is not None:
-            overlap = tl.sum(k.to(tl.float32) * dk, 1)
-        dq = tl.dot(reads, k, acc=dq, input_precision=PRECISION)
-        if overlap_ptr is not None:
-            overlap += tl.sum(q.to(tl.float32) * dq, 1)
-            tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
-        own = tl.load(own_ptr + at, mask=valid, other=0.0)
-        dq += own[:, None] * k.to(tl.float32)
-        store_rows(dq_ptr, dq, first, head, HEADS, K, rows, keys, valid)
-        keep = (written[:, None] * k.to(tl.float32)).to(dtype)
-        state = tl.dot(tl.trans(wrong), keep, acc=state, input_precision=PRECISION)
-
-
-@triton.jit
-def keys_kernel(
-    q_ptr,
-    k_ptr,
-    do_ptr,
-    dv_ptr,
-    wrong_ptr,
-    decay_ptr,
-    beta_ptr,
-    reads_ptr,
-    erases_ptr,
-    own_ptr,
-    dk_ptr,
-    overlap_ptr,
-    initial_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    num_tokens,
-    scale,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    DECAY: tl.constexpr,
-    IN_FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds the write's part to the erase's part that `dk` already holds."""
-    NUM_TILES: tl.constexpr = (K + TILE - 1) // TILE
-    tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
-    k_head = head // (HEADS // K_HEADS)
-    rows = tl.arange(0, CHUNK)
-    values = tl.arange(0, V_BLOCK)
-    keys = tile * TILE + tl.arange(0, TILE)
-    dtype = k_ptr.dtype.element_ty
-    if initial_ptr is not None:
-        state_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
-        state = tl.load(initial_ptr + state_at, mask=(values < V)[:, None] & (keys < K)[None, :], other=0.0)
-    else:
-        state = tl.zeros((V_BLOCK, TILE), tl.float32)
-    num_chunks = tl.cdiv(size, CHUNK)
-    for step in range(num_chunks):
-        chunk = num_chunks - 1 - step
-        first = start + chunk * CHUNK
-        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
-        valid = rows < num_rows
-        at = head.to(tl.int64) * num_tokens + first + rows
-        wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
-        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
-        dv = load_rows(dv_ptr, first, head, HEADS, V, rows, values, valid)
-        later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        later_erases = load_columns(erases_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        written = tl.load(beta_ptr + at, mask=valid, other=0.0)
-        asked = scale * q.to(tl.float32)
-        erased = -k.to(tl.float32)
-        rounded = state.to(dtype)
-        if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
-            from_start = decay_of(summed)[:, None]
-            written *= decay_between(total, summed)
-            state *= decay_of(total)
-            asked *= from_start
-            erased *= from_start
-        dk = written[:, None] * tl.dot(wrong, rounded, input_precision=PRECISION)
-        dk = tl.dot(later_reads, q, acc=dk, input_precision=PRECISION)
-        dk = tl.dot(later_erases, k, acc=dk, input_precision=PRECISION)
-        if overlap_ptr is not None:
-            overlap = tl.sum(k.to(tl.float32) * dk, 1)
-            tl.store(overlap_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
-        own = tl.load(own_ptr + at, mask=valid, other=0.0)
-        dk += own[:, None] * q.to(tl.float32)
-        dk += load_rows(dk_ptr, first, head, HEADS, K, rows, keys, valid).to(tl.float32)
-        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
-        state = tl.dot(tl.trans(do), asked.to(dtype), acc=state, input_precision=PRECISION)
-        state = tl.dot(tl.trans(dv), erased.to(dtype), acc=state, input_precision=PRECISION)
+    own = scale * beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
+    reads = tl.where(earlier, scale * weights * reads, 0.0).to(dtype)
+    erases = tl.where(earlier, weights * erases, 0.0).to(dtype)
+    dq = tl.dot(reads, k, acc=(scale * from_start)[:, None] * dq, input_precision=PRECISION)
+    erased = tl.dot(erases, k, acc=from_start[:, None] * erased, input_precision=PRECISION)
+    if read_ptr is not None:
+        overlap = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(k.to(tl.float32) * erased, 1)
+        tl.store(read_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
+    store_rows(dq_ptr, dq + own[:, None] * k.to(tl.float32), start, head, HEADS, K, rows, keys, valid)
+    dk = tl.dot(tl.trans(reads), q, acc=to_end[:, None] * dk, input_precision=PRECISION)
+    dk = dk - tl.dot(tl.trans(erases), k, input_precision=PRECISION)
+    if written_ptr is not None:
+        overlap = tl.sum(k.to(tl.float32) * dk, 1)
+        tl.store(written_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
+    store_rows(dk_ptr, dk - erased + own[:, None] * q.to(tl.float32), start, head, HEADS, K, rows, keys, valid)

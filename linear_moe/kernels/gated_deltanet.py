@@ -2,9 +2,10 @@
 
 The kernels and the mathematics are in `linear_moe.kernels.delta_walks`; this is how they are launched. A forward pass makes the
 chunks' own matrices, walks each segment (or, of long ones, its pieces, whose transitions are joined first) for r and o, and
-keeps r. A backward pass walks back for dv and the strengths' gradients, then makes those of queries and keys: by two more
-walks, or, where a head's state is too large for a walk that also reads it, all pieces in parallel from states that the first
-two walks stored (`linear_moe.kernels.piece_gradients`); the output is then made so too (`linear_moe.kernels.piece_reads`).
+keeps r and the states that chunks begin with. A backward pass walks back for dv and the strengths' gradients, and stores the
+states' gradients; those of queries and keys are made from the two, all chunks in parallel. Where a head's state is too large
+for a walk that also reads it, states are stored of pieces of a few chunks (`linear_moe.kernels.piece_gradients`), and the
+output is made from them too (`linear_moe.kernels.piece_reads`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from linear_moe.kernels.blocks import (
     block_of,
     cdiv,
     gates_by_head,
+    new_folded_states,
     new_states,
     num_processors,
     precision_of,
@@ -33,9 +35,7 @@ from linear_moe.kernels.blocks import (
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.delta_walks import (
     forward_kernel,
-    keys_kernel,
-    pairs_kernel,
-    queries_kernel,
+    gradients_kernel,
     solve_kernel,
     values_kernel,
 )
@@ -58,8 +58,8 @@ class Launch(NamedTuple):
 
 
 def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
-    """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), "queries" or "keys".
-    All share one chunk.
+    """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), or of the "gradients"
+    that are no walk. All share one chunk.
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages):
     forward 0.389, 0.399, 0.282; values 0.414, 0.505, 0.467, in full 0.415, 0.480, 0.353; queries 0.523, 0.696, -; keys 0.534,
@@ -79,14 +79,14 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
         return Launch(chunk=64, tile=64, num_warps=8, num_stages=2)
     if walk in ("forward", "values in full"):
         return Launch(chunk=64, tile=64, num_warps=4, num_stages=3)
-    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 else 1)
+    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 or walk == "gradients" else 1)
 
 
 TABLE = LaunchTable(
     "gated_deltanet",
     lambda walk, decay, key_dim, value_dim, dtype: choose_launch(walk, key_dim, value_dim, dtype),
     lambda walk, decay, key_dim, value_dim, dtype: {
-        "tile": tile_choices(*_tiled(walk, key_dim, value_dim), dtype),
+        "tile": tile_choices(*((key_dim, value_dim) if walk == "gradients" else (value_dim, key_dim)), dtype),
         "num_warps": (4, 8),
         # At four the others do not fit a multiprocessor.
         "num_stages": (1, 2, 3, 4) if walk == "forward" else (1, 2, 3),
@@ -100,18 +100,18 @@ FULL_TILE = 64
 """Channels of a 16-bit walk that has a multiprocessor to itself."""
 
 
-class ChunkLaunch(NamedTuple):
-    """Launch parameters of what is made of each chunk alone."""
+class SolveLaunch(NamedTuple):
+    """Launch parameters of the solve."""
 
     num_warps: int
 
 
-CHUNK_TABLE = LaunchTable(
-    "gated_deltanet.chunk",
-    lambda kernel, decay, size, dtype: ChunkLaunch(num_warps=4),
-    lambda kernel, decay, size, dtype: {"num_warps": (2, 4, 8)},
+SOLVE_TABLE = LaunchTable(
+    "gated_deltanet.solve",
+    lambda decay, key_dim, dtype: SolveLaunch(num_warps=4),
+    lambda decay, key_dim, dtype: {"num_warps": (2, 4, 8)},
 )
-"""By the kernel, "solve" or "pairs", the decay, K of the one and V of the other, and the dtype."""
+"""By the decay, K and the dtype."""
 
 
 SOLVE_REGISTERS = 168
@@ -127,7 +127,7 @@ class Solved(NamedTuple):
     erasure: Tensor | None
     """E"""
     reads: Tensor | None
-    """P. Where states are stored only the walk back needs it, and makes it anew: kept, it would be at the peak of memory."""
+    """P, where it is made (`keeps_reads`)."""
 
 
 class _Walk(NamedTuple):
@@ -145,7 +145,7 @@ class _Walk(NamedTuple):
     pieces: Pieces | None
     """Where states are stored to be read from in parallel, if they are."""
     first_pieces: Tensor | None
-    """`[P]` the piece that each split begins with."""
+    """`[P]` the piece that each split begins with, where states are stored."""
     in_full: bool
     """Whether every piece has `piece` tokens."""
 
@@ -173,6 +173,21 @@ def stored_piece(k: Tensor, v: Tensor) -> int | None:
     return None
 
 
+def keeps_reads(k: Tensor, v: Tensor) -> bool:
+    """Whether a forward pass makes the reads P and keeps them. Walks make them where one has all values of a head and as few
+    keys; of stored pieces only the walk back needs them, and they are made anew: kept, they would be at the peak of memory.
+    """
+    tile = choose_launch("forward", k.shape[2], v.shape[2], k.dtype).tile
+    return max(k.shape[2], v.shape[2]) > tile and stored_piece(k, v) is None
+
+
+def new_stored_states(k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Room for the states of `count` pieces that are stored, or of chunks where no larger pieces are."""
+    if stored_piece(k, v) is None:
+        return new_folded_states(count, chunk_length(k, v), k, v)
+    return new_states(count, k, v, k.dtype)
+
+
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a split where long segments are split, from sizes alone."""
     launch = choose_launch("forward", k.shape[2], v.shape[2], k.dtype)
@@ -183,7 +198,10 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), multiple)
 
 
-def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
+def _walk_of(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay, *, stores: bool
+) -> _Walk:
+    """`stores`: whether states of every chunk are stored; those of larger pieces are in any case."""
     num_tokens, heads = v.shape[:2]
     chunk, exact = chunk_length(k, v), k.dtype == torch.float32
     stored = stored_piece(k, v)
@@ -195,33 +213,26 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
     in_full = ragged.in_full(num_tokens, piece)
     if stored is not None:
         decays, pieces = gates.inner, Pieces(cuts, DECAY_KINDS[decay], gates.sums, heads, in_full)
-        first = splits.first_pieces(cuts, ragged, stored)
+    if stored is not None or stores:
+        first = splits.first_pieces(cuts, ragged, piece)
     assert gates.beta is not None
     return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, cuts, piece, pieces, first, in_full)
-
-
-def _tiled(walk: str, key_dim: int, value_dim: int) -> tuple[int, int]:
-    """The channels that a walk's programs share, and those that each has whole."""
-    return (key_dim, value_dim) if walk in ("queries", "keys") else (value_dim, key_dim)
 
 
 def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str, int]]:
     """The grid of a walk and its launch parameters."""
     entry = f"{name} in full" if name == "values" and walk.in_full else name
     launch = TABLE.pick(v.device, entry, DECAY_NAMES[walk.kind], k.shape[2], v.shape[2], k.dtype)
-    by_values = name in ("forward", "values")
-    tiled, whole = _tiled(name, k.shape[2], v.shape[2])
-    tile = tile_of(tiled, launch.tile, k.dtype)
+    tile = tile_of(v.shape[2], launch.tile, k.dtype)
     parameters = {
         "CHUNK": launch.chunk,
+        "PIECE": walk.piece,
         "TILE": tile,
-        "K_BLOCK" if by_values else "V_BLOCK": block_of(whole),
+        "K_BLOCK": block_of(k.shape[2]),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    if by_values:
-        parameters["PIECE"] = stored_piece(k, v) or 1
-    return walk.splits.num_pieces * v.shape[1] * cdiv(tiled, tile), parameters
+    return walk.splits.num_pieces * v.shape[1] * cdiv(v.shape[2], tile), parameters
 
 
 def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads: bool) -> Solved:
@@ -236,7 +247,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
     )
     constants = walk.constants(k, v)
     del constants["V"]
-    launch = CHUNK_TABLE.pick(v.device, "solve", DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
+    launch = SOLVE_TABLE.pick(v.device, DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
     launch_kernel(
         solve_kernel,
         walk.cuts.num_pieces * (walk.piece // chunk) * heads,
@@ -296,6 +307,7 @@ def _run_forward(
         walk.first_pieces,
         borders,
         borders.stride(0),
+        0 if states is None else states.stride(0),
         walk.splits.order,
         v.shape[0],
         scale,
@@ -315,8 +327,8 @@ class Kept(NamedTuple):
     """`[P, H, K, V]` float32, the state each split starts from, where segments were split and walks read."""
     transitions: Tensor | None
     """`[P, H, K, K]` float32, what each split does to a state, where segments were split."""
-    states: Tensor | None
-    """`[pieces, H, K, V]` in the dtype of k, the state before each stored piece, where states were stored."""
+    states: Tensor
+    """In the dtype of k, the state before each stored piece, `[pieces, H, K, V]`, or before each chunk, folded."""
 
 
 class Forward(NamedTuple):
@@ -345,8 +357,8 @@ def forward(
     keep: bool,
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
-    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
-    solved = _solve(q, k, v, walk, erasure=True, reads=walk.pieces is None)
+    walk = _walk_of(k, v, log_decay, beta, ragged, decay, stores=keep)
+    solved = _solve(q, k, v, walk, erasure=True, reads=keeps_reads(k, v))
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
     starts, transitions = initial_state, None
@@ -361,13 +373,25 @@ def forward(
         starts, _ = join_affine(increments, transitions, initial_state, splits, want_final=False, exact=exact)
     piece_ends = new_states(splits.num_pieces, k, v) if want_final else None
     output = torch.empty_like(v)
-    states = None
     if walk.pieces is None:
         wrong = torch.empty_like(v) if keep else None
-        _run_forward(walk, solved, q, k, v, scale=scale, output=output, wrong=wrong, starts=starts, final=piece_ends)
+        states = new_stored_states(k, v, walk.cuts.num_pieces) if keep else None
+        _run_forward(
+            walk,
+            solved,
+            q,
+            k,
+            v,
+            scale=scale,
+            output=output,
+            wrong=wrong,
+            starts=starts,
+            final=piece_ends,
+            states=states,
+        )
     else:
         wrong = torch.empty_like(v)
-        states = new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)
+        states = new_stored_states(k, v, walk.cuts.num_pieces)
         _run_forward(walk, solved, q, k, v, wrong=wrong, starts=starts, final=piece_ends, states=states)
         read_pieces(walk.pieces, q, k, wrong, states, output, scale=scale, weights=walk.beta)
     if not ragged.dense:
@@ -375,7 +399,8 @@ def forward(
     kept = None
     if keep:
         assert wrong is not None
-        kept = Kept(wrong, solved, starts if splits.cut and states is None else None, transitions, states)
+        assert states is not None
+        kept = Kept(wrong, solved, starts if splits.cut and walk.pieces is None else None, transitions, states)
     return Forward(output, None if piece_ends is None else splits.ends(piece_ends), kept)
 
 
@@ -406,14 +431,14 @@ def backward(
 ) -> Backward:
     """The gradients of `forward`; `kept` as it returned it. The values themselves are not needed."""
     v = kept.wrong
-    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
+    walk = _walk_of(k, v, log_decay, beta, ragged, decay, stores=True)
     num_tokens, heads, value_dim = v.shape
-    key_dim, splits = k.shape[2], walk.splits
+    splits = walk.splits
     constants = walk.constants(k, v)
     starts = kept.starts if splits.cut else initial_state
     grid, parameters = _launch("values", walk, k, v)
     reads = kept.solved.reads
-    if reads is None:
+    if walk.pieces is not None:
         reads = _solve(q, k, v, walk, erasure=False, reads=True).reads
     tiles = cdiv(value_dim, parameters["TILE"])
     d_beta = torch.empty(tiles, num_tokens, heads, dtype=torch.float32, device=v.device)
@@ -432,7 +457,7 @@ def backward(
         launch_kernel(
             values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, reads,
             output, d_beta, start, final, states, walk.first_pieces, borders, borders.stride(0),
-            walk.splits.order, num_tokens, scale, **parameters, **constants,
+            0 if states is None else states.stride(0), walk.splits.order, num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 
     reverse_starts = d_final
@@ -446,8 +471,8 @@ def backward(
         )
     wants_ends = starts is not None or initial_state is not None
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
-    stored = [] if walk.pieces is None else [new_states(walk.pieces.splits.num_pieces, k, v, k.dtype)]
-    run_values(reads, dv, reverse_starts, piece_ends, splits.borders, *stored)
+    ends = [new_stored_states(k, v, walk.cuts.num_pieces)]
+    run_values(reads, dv, reverse_starts, piece_ends, splits.borders, *ends)
     # Its memory is free for what comes next.
     del reads
     d_initial = None
@@ -459,13 +484,11 @@ def backward(
     shared = k.shape[1] != heads
     dtype = torch.float32 if shared else k.dtype
     if walk.pieces is None:
-        dq, dk = (torch.empty(num_tokens, heads, key_dim, dtype=dtype, device=k.device) for _ in range(2))
-        crossing = _walk_back(walk, kept.wrong, d_output, dv, q, k, v, dq, dk, starts, reverse_starts, scale)
+        dq, dk, crossing = _gradients(walk, q, k, kept.wrong, d_output, dv, kept.states, ends.pop(), dtype, scale)
         borders, before, after = splits.borders, starts, piece_ends
     else:
-        assert kept.states is not None
         dq, dk, crossing = delta_gradients(
-            walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, stored, dtype, scale=scale
+            walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dtype, scale=scale
         )
         borders, before, after = whole(ragged.cu_seqlens).borders, initial_state, d_initial
     if not ragged.dense:
@@ -483,37 +506,30 @@ def backward(
     return Backward(dq, dk, dv, d_decay, d_beta.squeeze(0) if tiles == 1 else d_beta.sum(0), d_initial)
 
 
-def _walk_back(
-    walk: _Walk, wrong: Tensor, d_output: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor,
-    starts: Tensor | None, reverse_starts: Tensor | None, scale: float,
-) -> ScanOverlaps | None:  # fmt: skip
-    """Fill `dq` and `dk` by walking each split forwards, then backwards."""
-    num_tokens, heads, value_dim = v.shape
-    chunk = chunk_length(k, v)
-    gates = (walk.decays, walk.beta)
-    reads, erases = (torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) for _ in range(2))
-    own = torch.empty(heads, num_tokens, dtype=torch.float32, device=k.device)
-    assert walk.piece == chunk
+def _gradients(
+    walk: _Walk, q: Tensor, k: Tensor, wrong: Tensor, d_output: Tensor, dv: Tensor, states: Tensor, ends: Tensor,
+    dtype: torch.dtype, scale: float,
+) -> tuple[Tensor, Tensor, ScanOverlaps | None]:  # fmt: skip
+    """Of queries and keys `[S, H, K]` of `dtype`, and the overlaps where there is a decay, all chunks in parallel."""
+    num_tokens, heads, value_dim = wrong.shape
+    key_dim = k.shape[2]
+    launch = TABLE.pick(k.device, "gradients", DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
+    tile = tile_of(key_dim, launch.tile, k.dtype)
+    # The memory of the blocks that a program reads, where they lie as its gradients do.
+    room = [
+        x if tile == launch.chunk and x.shape == (num_tokens, heads, key_dim) and x.dtype == dtype else None
+        for x in ends
+    ]
+    dk, dq = (k.new_empty(num_tokens, heads, key_dim, dtype=dtype) if x is None else x for x in (*room, None, None)[:2])
+    tiles = cdiv(key_dim, tile)
+    overlaps = None
+    if walk.decays is not None:
+        overlaps = ScanOverlaps(*torch.empty(2, tiles, heads, num_tokens, dtype=torch.float32, device=k.device))
     borders = walk.cuts.borders
-    launch = CHUNK_TABLE.pick(v.device, "pairs", DECAY_NAMES[walk.kind], value_dim, k.dtype)
     launch_kernel(
-        pairs_kernel, walk.cuts.num_pieces * heads, d_output, dv, wrong, *gates, reads, erases, own, borders,
-        borders.stride(0), num_tokens, scale, HEADS=heads, V=value_dim, CHUNK=chunk, V_BLOCK=block_of(value_dim),
-        DECAY=walk.kind, IN_FULL=walk.in_full, PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=1,
+        gradients_kernel, walk.cuts.num_pieces * heads * tiles, q, k, d_output, dv, wrong, walk.decays, walk.beta, states,
+        ends, dq, dk, *(overlaps or (None, None)), borders, borders.stride(0), states.stride(0), num_tokens, scale,
+        CHUNK=launch.chunk, COLUMNS=tile_of(value_dim, launch.tile, k.dtype), TILE=tile, num_warps=launch.num_warps,
+        num_stages=launch.num_stages, **walk.constants(k, wrong),
     )  # fmt: skip
-    both = (q, k, d_output, dv, wrong, *gates, reads, erases, own)
-    where = (walk.splits.borders, walk.splits.borders.stride(0), walk.splits.order, num_tokens, scale)
-    constants = walk.constants(k, v)
-
-    def new_overlap(tile: int) -> Tensor | None:
-        if walk.decays is None:
-            return None
-        return torch.empty(cdiv(k.shape[2], tile), heads, num_tokens, dtype=torch.float32, device=v.device)
-
-    grid, parameters = _launch("queries", walk, k, v)
-    read = new_overlap(parameters["TILE"])
-    launch_kernel(queries_kernel, grid, *both, dq, dk, read, starts, *where, **parameters, **constants)
-    grid, parameters = _launch("keys", walk, k, v)
-    written = new_overlap(parameters["TILE"])
-    launch_kernel(keys_kernel, grid, *both, dk, written, reverse_starts, *where, **parameters, **constants)
-    return None if read is None or written is None else ScanOverlaps(read, written)
+    return dq, dk, overlaps

@@ -284,16 +284,17 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
     ragged = Ragged(cu_seqlens, max_length, dense)
     pieces = _pieces(v, ragged, gated_deltanet.piece_length(k, v, ragged)) if keep else None
     chunk, stored = gated_deltanet.chunk_length(k, v), gated_deltanet.stored_piece(k, v)
-    none = _or_empty(None, v)
-    count = ragged.num_pieces(v.shape[0], stored) if keep and stored is not None else None
+    reads, none = gated_deltanet.keeps_reads(k, v), _or_empty(None, v)
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
         torch.empty_like(v) if keep else none,
-        *(v.new_empty(*v.shape[:2], chunk) if kept else _or_empty(None, v) for kept in (keep, keep and stored is None)),
+        *(v.new_empty(*v.shape[:2], chunk) if kept else _or_empty(None, v) for kept in (keep, keep and reads)),
         _states_like(k, v, pieces if stored is None else None),
         _states_like(k, v, pieces, k.shape[2]),
-        none.clone() if count is None else k.new_empty(count, v.shape[1], k.shape[2], v.shape[2]),
+        gated_deltanet.new_stored_states(k, v, ragged.num_pieces(v.shape[0], stored or chunk))
+        if keep
+        else none.clone(),
     )
 
 
@@ -304,7 +305,7 @@ def _delta_backward(
     transitions: Tensor, states: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     solved = gated_deltanet.Solved(erasure, _or_none(reads))
-    kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), _or_none(states))
+    kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), states)
     with torch.cuda.device_of(q):
         made = gated_deltanet.backward(
             d_output, d_final, q, k, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),

@@ -55,17 +55,12 @@ class ScanWork:
         decay, wide = self.form.decay.value, piece_reads.takes(K, V, self.dtype)
         sizes = {"K": K, "V": V}
         if self.form.erase is Erase.DELTA:
-            chunks = {"solve": (delta_walks.solve_kernel, "K")}
             values = "values in full" if self._in_full else "values"
             walks = {"forward": delta_walks.forward_kernel, values: delta_walks.values_kernel}
             if not wide:
-                chunks["pairs"] = (delta_walks.pairs_kernel, "V")
-                walks |= {"queries": delta_walks.queries_kernel, "keys": delta_walks.keys_kernel}
+                walks["gradients"] = delta_walks.gradients_kernel
             return [
-                *(
-                    Entry(gated_deltanet.CHUNK_TABLE, (name, decay, sizes[x], self.dtype), kernel, {x: sizes[x]})
-                    for name, (kernel, x) in chunks.items()
-                ),
+                Entry(gated_deltanet.SOLVE_TABLE, (decay, K, self.dtype), delta_walks.solve_kernel, {"K": K}),
                 *(
                     Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                     for name, kernel in walks.items()

@@ -72,36 +72,64 @@ WHOLE = Case(Recurrence(Decay.SCALAR, Erase.DELTA), (34, 3), K=10, V=6, spare=4)
 CUT = replace(WHOLE, lengths=(2, 105), rate=0.1)
 # As many segments as heads: what swapped strides hit is allocated.
 HEADS = replace(WHOLE, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
-CLEAN = {"whole": WHOLE, "cut": CUT, "heads": HEADS}
+# Too wide for walks that pair tokens themselves, and for one block of a state.
+WIDE = replace(WHOLE, K=36, V=40)
+CLEAN = {"whole": WHOLE, "cut": CUT, "heads": HEADS, "wide": WIDE}
 
 ROW = "tl.minimum(rows, num_rows - 1)"
-OF_QUERIES = "state = tl.dot(tl.trans(q), read, acc=state, input_precision=PRECISION)"
-OF_ERASES = "state = tl.dot(tl.trans(k), (-dv).to(dtype), acc=state, input_precision=PRECISION)"
+OF_QUERIES = "state = _sum_of_products(tl.trans(q), read, state, PRECISION)"
+OF_ERASES = "state = _sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)"
 BUGS = {
     "a mask dropped": (
         WHOLE,
-        Bug(delta_walks, "\n        valid = rows < num_rows", "\n        valid = rows < num_rows + 2", count=4),
+        Bug(delta_walks, "\n        valid = rows < num_rows", "\n        valid = rows < num_rows + 2", count=2),
     ),
     "a causal mask of erases dropped": (
         WHOLE,
         Bug(delta_walks, "rows[:, None] > rows[None, :], overlaps", "True, overlaps"),
     ),
-    "a causal mask of reads dropped": (WHOLE, Bug(delta_walks, "tl.where(seen, reads, 0.0)", "reads")),
+    "a causal mask of reads dropped": (WIDE, Bug(delta_walks, "tl.where(seen, reads, 0.0)", "reads")),
+    "a causal mask of a walk's reads dropped": (
+        WHOLE,
+        Bug(delta_walks, "tl.where(rows[:, None] >= rows[None, :], pairs, 0.0)", "pairs"),
+    ),
+    "a causal mask of later reads dropped": (
+        WHOLE,
+        Bug(delta_walks, "tl.where(rows[:, None] <= rows[None, :], pairs, 0.0)", "pairs"),
+    ),
     "a causal mask of gradients dropped": (
         WHOLE,
-        Bug(delta_walks, "tl.where(earlier, weights * reads, 0.0)", "weights * reads"),
+        Bug(delta_walks, "tl.where(earlier, scale * weights * reads, 0.0)", "scale * weights * reads"),
     ),
-    "key heads taken in turn": (HEADS, Bug(delta_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=5)),
+    "a causal mask of the erases' gradients dropped": (
+        WHOLE,
+        Bug(delta_walks, "tl.where(earlier, weights * erases, 0.0)", "weights * erases"),
+    ),
+    "key heads taken in turn": (HEADS, Bug(delta_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=4)),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
     "a state's strides swapped": (HEADS, Bug(blocks, "(piece * HEADS + head)", "(piece + head * HEADS)")),
-    "pairs not transposed backwards": (
-        WHOLE,
-        Bug(delta_walks, "later_reads = load_columns(", "later_reads = load_rows(", count=2),
+    "a folded state's strides swapped": (
+        HEADS,
+        Bug(blocks, "(chunk * BLOCK * HEADS + head)", "(chunk * BLOCK + head * BLOCK)"),
     ),
+    "a folded state's blocks in one place": (WIDE, Bug(blocks, "+ keys // BLOCK * BLOCK", "+ keys // BLOCK")),
+    "all chunks' states stored in one place": (WHOLE, Bug(delta_walks, "+ piece) + chunk\n", "+ piece)\n")),
+    "reads not transposed backwards": (
+        WIDE,
+        Bug(delta_walks, "later_reads = load_columns(", "later_reads = load_rows("),
+    ),
+    "erases not transposed backwards": (
+        WHOLE,
+        Bug(delta_walks, "later_erasure = load_columns(", "later_erasure = load_rows("),
+    ),
+    "pairs not transposed for the keys' gradient": (WHOLE, Bug(delta_walks, "tl.trans(reads), q", "reads, q")),
+    "the erase's gradient added": (WHOLE, Bug(delta_walks, "dk - erased +", "dk + erased +")),
+    "a token's own pair forgotten in the keys' gradient": (WHOLE, Bug(delta_walks, "own[:, None] * q", "0 * q")),
+    "what an erase crosses forgotten": (WHOLE, Bug(delta_walks, "- tl.sum(k.to(tl.float32) * erased, 1)", "")),
     "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
     "the state does not fade": (
         WHOLE,
-        Bug(delta_walks, "state *= decay_of(total)", "state *= 1.0", count=4),
+        Bug(delta_walks, "state *= decay_of(total)", "state *= 1.0", count=2),
     ),
     "the state is not added to": (WHOLE, Bug(delta_walks, "written.to(dtype), acc=state,", "written.to(dtype),")),
     "what reads forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_QUERIES, "pass")),

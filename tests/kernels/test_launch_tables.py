@@ -175,9 +175,9 @@ def arguments_of(
     if form.erase is Erase.DELTA:
         # The transitions of a split are walked with K columns.
         sizes = [(K, V), (K, K)]
-        walks = ("forward", "values", "values in full", "queries", "keys")
+        walks = ("forward", "values", "values in full", "gradients")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
-        entries += [(gated_deltanet.CHUNK_TABLE, (name, decay, x, dtype)) for name, x in (("solve", K), ("pairs", V))]
+        entries += [(gated_deltanet.SOLVE_TABLE, (decay, K, dtype))]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
     elif form.decay is Decay.VECTOR:
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "states", "gradients")]

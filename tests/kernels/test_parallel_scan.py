@@ -146,11 +146,11 @@ BUGS = {
     ),
     "a stored state of the delta rule after its chunk": (
         DELTA,
-        Bug(delta_walks, "if chunk * CHUNK % PIECE == 0:", "if chunk * CHUNK % PIECE == CHUNK:"),
+        Bug(delta_walks, "is_due = chunk * CHUNK % PIECE == 0", "is_due = chunk * CHUNK % PIECE == CHUNK"),
     ),
     "a stored gradient of the delta rule before its chunk": (
         DELTA,
-        Bug(delta_walks, "if (end % PIECE == 0) | (end >= size):", "if chunk * CHUNK % PIECE == 0:"),
+        Bug(delta_walks, "is_due = (end % PIECE == 0) | (end >= size)", "is_due = chunk * CHUNK % PIECE == 0"),
     ),
 }
 
