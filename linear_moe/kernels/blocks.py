@@ -194,6 +194,12 @@ def decay_between(later, earlier):
 
 
 @triton.jit
+def decay_where(seen, later, earlier):
+    """The decay from one token to a later one where it is seen; else 0."""
+    return decay_of(tl.where(seen, later - earlier, float("-inf")))
+
+
+@triton.jit
 def sigmoids(z):
     """Of z and of -z, without an exponential that could overflow."""
     fading = tl.exp(-tl.abs(z))

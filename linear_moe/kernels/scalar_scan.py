@@ -86,17 +86,17 @@ class WritesLaunch(NamedTuple):
 
 WRITES_TABLE = LaunchTable(
     "scalar_scan.writes",
-    lambda decay, key_dim, value_dim, dtype: WritesLaunch(num_warps=4, num_stages=3 if decay == "head" else 2),
+    lambda decay, key_dim, value_dim, dtype: WritesLaunch(num_warps=4, num_stages=1),
     lambda decay, key_dim, value_dim, dtype: {"num_warps": (4, 8), "num_stages": (1, 2, 3)},
 )
 """By the decay, K, V and the dtype. The chunk is that of the scan."""
 
 
 def writes_together(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether dk and dv are made in one walk: where registers hold a head's state twice.
+    """Whether dk and dv are made in one walk: where a program takes all channels of a head.
 
-    At B32 T2048 H16 K = V = 64 on an H100 (torch 2.11, triton 3.6, bf16) without a decay 0.296 ms, in two walks 0.38; with one
-    a head 0.312 (2 stages 0.331) and 0.38; with one a token, where it spills, 0.433 (3 stages 0.454) and 0.46.
+    At B32 T2048 H16 K = V = 64 on an H100 (torch 2.11, triton 3.6, bf16; ms at 1, 2 and 3 stages, and in two walks) without a
+    decay 0.295, 0.293, 0.302, 0.38; with one a head 0.294, 0.298, 0.303, 0.38; with one a token 0.305, 0.318, 0.304, 0.46.
     """
     return max(key_dim, value_dim) <= (16 if dtype == torch.float32 else 64)
 

@@ -27,6 +27,7 @@ from linear_moe.kernels.blocks import (
     NO_DECAY,
     decay_between,
     decay_of,
+    decay_where,
     load_rows,
     rate_of,
     rows_left,
@@ -177,8 +178,8 @@ def writes_kernel(
     IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. It has the
-    state's gradient twice, the second one transposed.
+    """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. The state's
+    gradient lies in shared memory for the one product and, transposed, for the other.
 
     `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
     pointer leaves its part out.
@@ -193,14 +194,9 @@ def writes_kernel(
     in_state = (keys < K)[:, None] & (values < V)[None, :]
     if initial_ptr is not None:
         state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
-        turned_at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
-        in_turned = (values < V)[:, None] & (keys < K)[None, :]
-        turned = tl.load(initial_ptr + turned_at, mask=in_turned, other=0.0) / scale
     else:
         state = tl.zeros((K_BLOCK, V_BLOCK), tl.float32)
-        turned = tl.zeros((V_BLOCK, K_BLOCK), tl.float32)
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
-    later = rows[:, None] < rows[None, :]
     seen = rows[:, None] <= rows[None, :]
     num_chunks = tl.cdiv(size, CHUNK)
     for step in range(num_chunks):
@@ -216,35 +212,32 @@ def writes_kernel(
             summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
             before = decay_between(total, summed)[:, None]
             after = decay_of(summed)[:, None]
-        asked = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if DECAY != NO_DECAY:
-            pairs = decay_between(summed[None, :], summed[:, None])
-            asked *= pairs
+            pairs = decay_where(seen, summed[None, :], summed[:, None])
+        else:
+            pairs = tl.where(seen, 1.0, 0.0)
+        asked = pairs * tl.dot(k, tl.trans(q), input_precision=PRECISION)
         wanted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if written_ptr is not None:
-            written = tl.sum(tl.where(later, asked * wanted, 0.0), 1)
-        asked = tl.where(seen, asked, 0.0).to(dtype)
-        if DECAY != NO_DECAY:
-            wanted *= pairs
-        wanted = tl.where(seen, wanted, 0.0).to(dtype)
-        dv = tl.dot(k, state.to(dtype), input_precision=PRECISION)
+            written = tl.sum(tl.where(rows[:, None] != rows[None, :], asked * wanted, 0.0), 1)
+        wanted *= pairs
+        rounded = state.to(dtype)
+        dv = tl.dot(k, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
             dv *= before
         if written_ptr is not None:
             written += tl.sum(dv * v.to(tl.float32), 1)
             tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
-        dv = tl.dot(asked, do, acc=dv, input_precision=PRECISION)
+        dv = tl.dot(asked.to(dtype), do, acc=dv, input_precision=PRECISION)
         store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
-        dk = tl.dot(v, turned.to(dtype), input_precision=PRECISION)
+        dk = tl.dot(v, tl.trans(rounded), input_precision=PRECISION)
         if DECAY != NO_DECAY:
             dk *= before
-        dk = tl.dot(wanted, q, acc=dk, input_precision=PRECISION)
+        dk = tl.dot(wanted.to(dtype), q, acc=dk, input_precision=PRECISION)
         store_rows(dk_ptr, scale * dk, first, head, HEADS, K, rows, keys, valid)
         if DECAY != NO_DECAY:
             state *= decay_of(total)
-            turned *= decay_of(total)
             do = (do.to(tl.float32) * after).to(dtype)
         state = tl.dot(tl.trans(q), do, acc=state, input_precision=PRECISION)
-        turned = tl.dot(tl.trans(do), q, acc=turned, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)

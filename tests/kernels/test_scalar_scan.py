@@ -55,10 +55,14 @@ BUGS = {
     "a constant decay off by one position": (CONSTANT, Bug(blocks, "rate * (rows + 1)", "rate * rows")),
     "a chunk's decays summed over two": (CUT, Bug(scalar_scan, CHUNKS, CHUNKS.replace("chunk", "2 * chunk"))),
     "the state does not fade": (WHOLE, Bug(scalar_walks, "state *= decay_of(total)", "state *= 1.0", count=2)),
-    "the transposed state does not fade": (WHOLE, Bug(scalar_walks, "turned *= decay_of(total)", "turned *= 1.0")),
-    "the transposed state begins as the other": (
+    "the state not transposed for a key's gradient": (WHOLE, Bug(scalar_walks, "tl.trans(rounded)", "rounded")),
+    "a causal mask of writes dropped": (
         WHOLE,
-        Bug(scalar_walks, "values, keys, V, K, True)", "values, keys, V, K, False)"),
+        Bug(
+            scalar_walks,
+            "decay_where(seen, summed[None, :], summed[:, None])",
+            "decay_between(summed[None, :], summed[:, None])",
+        ),
     ),
     "pairs of a key's gradient do not fade": (WHOLE, Bug(scalar_walks, "wanted *= pairs", "wanted *= 1.0")),
     "the state is not added to": (WHOLE, Bug(scalar_walks, "(tl.trans(k), v, acc=state,", "(tl.trans(k), v,")),
@@ -82,7 +86,7 @@ BUGS = {
     ),
     "a token's own pair in what it writes": (
         WHOLE,
-        Bug(scalar_walks, "later = rows[:, None] < rows[None, :]", "later = rows[:, None] <= rows[None, :]"),
+        Bug(scalar_walks, "tl.where(rows[:, None] != rows[None, :], asked * wanted, 0.0)", "asked * wanted"),
     ),
 }
 
