@@ -25,6 +25,7 @@ from linear_moe.kernels.blocks import (
     NO_DECAY,
     decay_between,
     decay_of,
+    decay_where,
     folded_offsets,
     load_columns,
     load_rows,
@@ -192,13 +193,15 @@ def solve_kernel(
     seen = rows[:, None] >= rows[None, :]
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
-        pairs = decay_between(summed[:, None], summed[None, :])
+        pairs = decay_where(seen, summed[:, None], summed[None, :])
     if reads_ptr is not None:
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
         reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if DECAY != NO_DECAY:
             reads *= pairs
-        store_rows(reads_ptr, tl.where(seen, reads, 0.0), start, head, HEADS, CHUNK, rows, rows, valid)
+        else:
+            reads = tl.where(seen, reads, 0.0)
+        store_rows(reads_ptr, reads, start, head, HEADS, CHUNK, rows, rows, valid)
     if erasure_ptr is not None:
         beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
         overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
@@ -295,10 +298,13 @@ def forward_kernel(
             if reads_ptr is not None:
                 reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
             else:
-                pairs = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                seen = rows[:, None] >= rows[None, :]
+                reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 if DECAY != NO_DECAY:
-                    pairs *= decay_between(summed[:, None], summed[None, :])
-                reads = tl.where(rows[:, None] >= rows[None, :], pairs, 0.0).to(dtype)
+                    reads *= decay_where(seen, summed[:, None], summed[None, :])
+                else:
+                    reads = tl.where(seen, reads, 0.0)
+                reads = reads.to(dtype)
             o = tl.dot(q, rounded, input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 o *= from_start
@@ -398,10 +404,13 @@ def values_kernel(
             state *= decay_of(total)
             read = do.to(tl.float32) * from_start
         if reads_ptr is None:
-            pairs = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            seen = rows[:, None] <= rows[None, :]
+            later_reads = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             if DECAY != NO_DECAY:
-                pairs *= decay_between(summed[None, :], summed[:, None])
-            later_reads = tl.where(rows[:, None] <= rows[None, :], pairs, 0.0).to(dtype)
+                later_reads *= decay_where(seen, summed[None, :], summed[:, None])
+            else:
+                later_reads = tl.where(seen, later_reads, 0.0)
+            later_reads = later_reads.to(dtype)
         # Before the products that wait for each other: it waits for none of them.
         state = _sum_of_products(tl.trans(q), read, state, PRECISION)
         d_write = _sum_of_products(later_reads, do, d_write, PRECISION)
@@ -488,20 +497,22 @@ def gradients_kernel(
     q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
     k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+    # A token's own pair crosses nothing: it stands apart from the sums that the decay's gradient is made of.
+    own = scale * beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
     earlier = rows[:, None] > rows[None, :]
-    # What is written is u = b r.
-    weights = tl.broadcast_to(beta[None, :], (CHUNK, CHUNK))
     to_end = beta * scale
     from_start = tl.full((CHUNK,), 1.0, tl.float32)
     if DECAY != NO_DECAY:
         summed, total = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
-        weights *= decay_between(summed[:, None], summed[None, :])
+        pairs = decay_where(earlier, summed[:, None], summed[None, :])
         from_start = decay_of(summed)
         to_end *= decay_between(total, summed)
-    # A token's own pair crosses nothing: it stands apart from the sums that the decay's gradient is made of.
-    own = scale * beta * tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1)
-    reads = tl.where(earlier, scale * weights * reads, 0.0).to(dtype)
-    erases = tl.where(earlier, weights * erases, 0.0).to(dtype)
+    else:
+        pairs = tl.where(earlier, 1.0, 0.0)
+    # What is written is u = b r.
+    pairs *= beta[None, :]
+    reads = (scale * pairs * reads).to(dtype)
+    erases = (pairs * erases).to(dtype)
     dq = tl.dot(reads, k, acc=(scale * from_start)[:, None] * dq, input_precision=PRECISION)
     erased = tl.dot(erases, k, acc=from_start[:, None] * erased, input_precision=PRECISION)
     if read_ptr is not None:

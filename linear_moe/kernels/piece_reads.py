@@ -25,6 +25,7 @@ from linear_moe.kernels.blocks import (
     block_of,
     decay_between,
     decay_of,
+    decay_where,
     load_rows,
     piece_of,
     precision_of,
@@ -147,14 +148,15 @@ def add_pairs(
             mine = row[:, None] == column[None, :]
             own += tl.sum(tl.where(mine, products, 0.0), 1)
             seen = seen & (row[:, None] != column[None, :])
-        if DECAY != NO_DECAY:
+        if DECAY == NO_DECAY:
+            products = tl.where(seen, products, 0.0)
+        else:
             others, _ = summed_decays(decay_ptr, rate, head, start, column, size, num_tokens, DECAY)
             if REVERSE:
-                products *= decay_between(others[None, :], summed[:, None])
+                products *= decay_where(seen, others[None, :], summed[:, None])
             else:
-                products *= decay_between(summed[:, None], others[None, :])
-        products = tl.where(seen, products, 0.0).to(c.dtype)
-        o = tl.dot(products, c, acc=o, input_precision=PRECISION)
+                products *= decay_where(seen, summed[:, None], others[None, :])
+        o = tl.dot(products.to(c.dtype), c, acc=o, input_precision=PRECISION)
     return o, own
 
 

@@ -79,6 +79,9 @@ CLEAN = {"whole": WHOLE, "cut": CUT, "heads": HEADS, "wide": WIDE}
 ROW = "tl.minimum(rows, num_rows - 1)"
 OF_QUERIES = "state = _sum_of_products(tl.trans(q), read, state, PRECISION)"
 OF_ERASES = "state = _sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)"
+SEEN = "decay_where(seen, summed[:, None], summed[None, :])"
+ALL = SEEN.replace("where(seen, ", "between(")
+LATER = "decay_where(seen, summed[None, :], summed[:, None])"
 BUGS = {
     "a mask dropped": (
         WHOLE,
@@ -88,22 +91,16 @@ BUGS = {
         WHOLE,
         Bug(delta_walks, "rows[:, None] > rows[None, :], overlaps", "True, overlaps"),
     ),
-    "a causal mask of reads dropped": (WIDE, Bug(delta_walks, "tl.where(seen, reads, 0.0)", "reads")),
-    "a causal mask of a walk's reads dropped": (
-        WHOLE,
-        Bug(delta_walks, "tl.where(rows[:, None] >= rows[None, :], pairs, 0.0)", "pairs"),
-    ),
-    "a causal mask of later reads dropped": (
-        WHOLE,
-        Bug(delta_walks, "tl.where(rows[:, None] <= rows[None, :], pairs, 0.0)", "pairs"),
-    ),
+    "a causal mask of reads dropped": (WIDE, Bug(delta_walks, f"pairs = {SEEN}", f"pairs = {ALL}")),
+    "a causal mask of a walk's reads dropped": (WHOLE, Bug(delta_walks, f"reads *= {SEEN}", f"reads *= {ALL}")),
+    "a causal mask of later reads dropped": (WHOLE, Bug(delta_walks, LATER, LATER.replace("where(seen, ", "between("))),
     "a causal mask of gradients dropped": (
         WHOLE,
-        Bug(delta_walks, "tl.where(earlier, scale * weights * reads, 0.0)", "scale * weights * reads"),
+        Bug(delta_walks, SEEN.replace("seen", "earlier"), ALL),
     ),
-    "a causal mask of the erases' gradients dropped": (
-        WHOLE,
-        Bug(delta_walks, "tl.where(earlier, weights * erases, 0.0)", "weights * erases"),
+    "causal masks dropped where nothing fades": (
+        replace(WHOLE, form=DELTA_FORMS[0]),
+        Bug(delta_walks, "pairs = tl.where(earlier, 1.0, 0.0)", "pairs = tl.where(earlier, 1.0, 1.0)"),
     ),
     "key heads taken in turn": (HEADS, Bug(delta_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=4)),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),

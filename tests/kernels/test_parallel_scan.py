@@ -100,7 +100,14 @@ BUGS = {
         SCALAR,
         Bug(parallel_scan, "valid = rows < num_rows", "valid = rows < num_rows + 2"),
     ),
-    "a causal mask dropped": (SCALAR, Bug(piece_reads, "tl.where(seen, products, 0.0)", "products")),
+    "a causal mask dropped": (
+        SCALAR,
+        Bug(piece_reads, "decay_where(seen, summed[:, None]", "decay_between(summed[:, None]"),
+    ),
+    "a causal mask without a decay dropped": (
+        replace(SCALAR, form=Recurrence()),
+        Bug(piece_reads, "tl.where(seen, products, 0.0)", "products"),
+    ),
     "heads taken in turn": (HEADS, Bug(piece_reads, "head // (HEADS // A_HEADS)", "head % A_HEADS", count=2)),
     "written heads taken in turn": (HEADS, Bug(parallel_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
     "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= decay_of(total)", "state *= 1.0")),
