@@ -61,10 +61,11 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
     """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), or of the "gradients"
     that are no walk. All share one chunk.
 
-    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages):
-    forward 0.389, 0.399, 0.282; values 0.414, 0.505, 0.467, in full 0.415, 0.480, 0.353; queries 0.523, 0.696, -; keys 0.534,
-    0.561, -. Tiles of 32 and 8 warps are slower. At B32 T2048 H16 K = V = 64: forward 0.400, 0.342, 0.330; values 0.350, 0.347,
-    0.352; queries 0.509, 0.457, 0.471; keys 0.529, 0.459, 0.511.
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages),
+    without stores of states: forward 0.389, 0.399, 0.282; values 0.414, 0.505, 0.467, in full 0.415, 0.480, 0.353. Tiles of 32
+    and 8 warps are slower. With them, on an H200: forward -, 0.443, 0.353; values in full 0.436, 0.495, 0.412; gradients 0.609,
+    0.522, 0.755. There at B32 T2048 H16 K = V = 64: forward 0.368, 0.286, 0.271; values in full 0.308, 0.295, 0.266; gradients,
+    whose loop has one step, 0.44.
     At B8 T4096 H4 K = V = 256, where forward and values only write, tiles of 64 on 8 warps with 2 and 3 stages: forward 0.280,
     0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of
     which two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with 32, 1.202 with 64.
@@ -118,7 +119,8 @@ SOLVE_REGISTERS = 168
 """Of a thread: three programs a multiprocessor instead of two, for four spills. Measured on an H100 (torch 2.11, triton 3.6,
 bf16; ms of the solve with 168, without a limit, with 128): 0.143, 0.166, 0.158 at 98,304 tokens, H4 K 256, E alone; 0.207,
 0.236, 0.226 at 32,768, H16 K 128; 0.378, 0.458, 0.378 at 65,536, H16 K 64. With an inverse of whole matrices from pairs on,
-with 168: 0.201, 0.286, 0.530; with blocks of 32 between those of 16 and the whole: 0.163, 0.234, 0.421."""
+with 168: 0.201, 0.286, 0.530; with blocks of 32 between those of 16 and the whole: 0.163, 0.234, 0.421. Since its products'
+factors are in the order of threads, on an H200: 0.160, 0.190, 0.174 (K 128), and 0.237, 0.231, 0.255 (K 64, E alone)."""
 
 
 class Solved(NamedTuple):

@@ -31,6 +31,11 @@ def split(form: Recurrence) -> Case:
     return Case(form, (600 if DEVICE == "cuda" else 202, 1), K=4, V=6, rate=0.1)
 
 
+def in_full(form: Recurrence) -> Case:
+    """Whole chunks and whole blocks of a state: gradients take the memory of what they are made of."""
+    return Case(form, (64, 64), K=32, V=64, dense=True, tight=True)
+
+
 def arguments(case: Case) -> tuple[Any, ...]:
     """Of the form's operator, its tensors asking for gradients where there are any."""
     inputs = draw(case)
@@ -51,7 +56,7 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("make", [small, split], ids=["whole", "split"])
+@pytest.mark.parametrize("make", [small, split, in_full], ids=["whole", "split", "in full"])
 def test_what_torch_asks_of_an_operator(
     make: Callable[[Recurrence], Case], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,8 +118,9 @@ def test_fake_tensors_have_the_shapes_of_real_ones(make: Callable[[Recurrence], 
 
 
 @every_family
-def test_compiled_it_gives_the_same(form: Recurrence) -> None:
-    case = small(form)
+@pytest.mark.parametrize("make", [small, in_full], ids=["whole", "in full"])
+def test_compiled_it_gives_the_same(make: Callable[[Recurrence], Case], form: Recurrence) -> None:
+    case = make(form)
     borders = case.cu_seqlens
 
     @torch.compile(fullgraph=True, backend="aot_eager")
