@@ -517,12 +517,12 @@ def _gradients(
     key_dim = k.shape[2]
     launch = TABLE.pick(k.device, "gradients", DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
     tile = tile_of(key_dim, launch.tile, k.dtype)
-    # The memory of the blocks that a program reads, where they lie as its gradients do.
-    room = [
-        x if tile == launch.chunk and x.shape == (num_tokens, heads, key_dim) and x.dtype == dtype else None
-        for x in ends
-    ]
-    dk, dq = (k.new_empty(num_tokens, heads, key_dim, dtype=dtype) if x is None else x for x in (*room, None, None)[:2])
+    shape = (num_tokens, heads, key_dim)
+    # In the memory of the blocks that a program reads, where they lie as its gradients do.
+    lie_alike = tile == launch.chunk and ends.shape[1:] == shape and ends.dtype == dtype
+    room = list(ends[:2]) if lie_alike else []
+    room += [k.new_empty(shape, dtype=dtype) for _ in range(2 - len(room))]
+    dk, dq = room
     tiles = cdiv(key_dim, tile)
     overlaps = None
     if walk.decays is not None:

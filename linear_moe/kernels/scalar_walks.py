@@ -212,7 +212,6 @@ def writes_kernel(
             summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
             before = decay_between(total, summed)[:, None]
             after = decay_of(summed)[:, None]
-        if DECAY != NO_DECAY:
             pairs = decay_where(seen, summed[None, :], summed[:, None])
         else:
             pairs = tl.where(seen, 1.0, 0.0)

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, compile
 from linear_moe import kernels
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import library
+from linear_moe.rules.registry import get_rule, rule_names
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024
@@ -32,14 +33,6 @@ DTYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
-FORMS = {
-    "linear_attention": Recurrence(),
-    "retnet": Recurrence(Decay.HEAD),
-    "mamba2": Recurrence(Decay.SCALAR),
-    "gla": Recurrence(Decay.VECTOR),
-    "deltanet": Recurrence(erase=Erase.DELTA),
-    "gated_deltanet": Recurrence(Decay.SCALAR, Erase.DELTA),
-}
 SHAPES = ((2, 512), (2, 500), (1, 3000))
 """Sequences and their tokens: of whole chunks, of some that are not, and so long that it is split."""
 
@@ -103,14 +96,15 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
     torch.autograd.grad(loss, learned)
 
 
-def compile_all(forms: list[Recurrence], dims: list[int], threads: int) -> dict[tuple[object, ...], Future[Any]]:
-    """What scans of these forms would launch."""
+def compile_all(rules: list[str], dims: list[int], threads: int) -> dict[tuple[object, ...], Future[Any]]:
+    """What the scans of these rules would launch."""
     compiler = Compiler(threads)
     for module in pkgutil.iter_modules(kernels.__path__):
         imported = importlib.import_module(f"{kernels.__name__}.{module.name}")
         if module.name != "launch" and hasattr(imported, "launch_kernel"):
             imported.launch_kernel = compiler  # type: ignore[attr-defined]
-    for form in forms:
+    for form in [get_rule(rule).form for rule in rules]:
+        assert form is not None, rules
         for dim in dims:
             for batch, length in SHAPES:
                 scan(form, batch, length, dim, states=length == 500)
@@ -120,11 +114,11 @@ def compile_all(forms: list[Recurrence], dims: list[int], threads: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="*", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--rules", nargs="*", default=rule_names(), choices=rule_names())
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128, 256])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    made = compile_all([FORMS[rule] for rule in options.rules], options.head_dims, options.threads)
+    made = compile_all(options.rules, options.head_dims, options.threads)
     for (kernel, *_), future in made.items():
         shared = future.result().metadata.shared
         assert shared <= SHARED_MEMORY, f"{kernel.__name__} takes {shared} bytes of shared memory"  # type: ignore[attr-defined]
