@@ -4,42 +4,20 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cases import DEVICE, DTYPES, Case, check, draw, kernels, module_of, piece_length, results
+from poison import poisoned_memory
 from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import (
-    blocks,
-    decay_gradient,
-    gated_deltanet,
-    gla,
-    join,
-    parallel_scan,
-    piece_gradients,
-    piece_reads,
-    scalar_scan,
-)
+from linear_moe.kernels import piece_reads
 from linear_moe.kernels.splits import Ragged
 
-KERNEL_MODULES = (
-    blocks,
-    decay_gradient,
-    gated_deltanet,
-    gla,
-    join,
-    parallel_scan,
-    piece_gradients,
-    piece_reads,
-    scalar_scan,
-)
 Patch = pytest.MonkeyPatch
 Law = Callable[[Recurrence, torch.dtype, Patch], None]
 
@@ -130,29 +108,6 @@ def spare_tokens_are_not_read(form: Recurrence, dtype: torch.dtype, patch: Patch
                 assert not x[spare].any(), name
 
 
-@contextmanager
-def poisoned_memory(patch: Patch) -> Iterator[None]:
-    """New tensors hold NaN; of integers, 1: a wrong place, but in bounds."""
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(torch.nan if x.is_floating_point() else 1)
-
-    def new_empty(self: Tensor, *arguments: Any, _new_empty: Any = Tensor.new_empty, **keywords: Any) -> Tensor:
-        return poisoned(_new_empty(self, *arguments, **keywords))
-
-    made = {
-        "empty": lambda *arguments, **keywords: poisoned(torch.empty(*arguments, **keywords)),
-        "empty_like": lambda *arguments, **keywords: poisoned(torch.empty_like(*arguments, **keywords)),
-    }
-    everything = SimpleNamespace(**{**vars(torch), **made})
-    with patch.context() as inside:
-        for module in KERNEL_MODULES:
-            if hasattr(module, "torch"):
-                inside.setattr(module, "torch", everything)
-        inside.setattr(Tensor, "new_empty", new_empty)
-        yield
-
-
 def memory_is_written_before_it_is_read(form: Recurrence, dtype: torch.dtype, patch: Patch) -> None:
     for case in (
         ragged(form, dtype),
@@ -160,7 +115,7 @@ def memory_is_written_before_it_is_read(form: Recurrence, dtype: torch.dtype, pa
         long_enough_to_split(form, dtype, patch),
     ):
         inputs, expected = clean(case)
-        with poisoned_memory(patch):
+        with poisoned_memory():
             assert_same_bits(expected, results(kernels, case, inputs))
 
 

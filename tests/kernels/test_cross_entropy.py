@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICE
+from poison import poisoned_memory
 from seeding import Bug, in_the_interpreter, seed
 from torch import Tensor
 
@@ -91,7 +92,8 @@ def test_seeded_bugs_are_caught(name: str | None, tmp_path: Path) -> None:
     logits, labels = _inputs(3, 4500, torch.float32)
     wide[:, :4500] = logits
     losses, gradient = _wanted(logits, labels)
-    came = copy.cross_entropy_(wide[:, :4500], labels, True)
+    with poisoned_memory():
+        came = copy.cross_entropy_(wide[:, :4500], labels, True)
     right = torch.allclose(came.double(), losses, rtol=1e-5) and torch.allclose(
         wide[:, :4500].double(), gradient, rtol=1e-5, atol=1e-6
     )

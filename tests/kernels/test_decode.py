@@ -5,23 +5,18 @@ On a machine without a GPU the kernel runs in Triton's interpreter, in float32.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeding import in_the_interpreter, over_the_budget, seed_operator
 from torch import Tensor
-
-pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import decode
@@ -29,17 +24,9 @@ from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
 from linear_moe.testing.budget import assert_within_budget
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
 FORMS = [Recurrence(decay, erase) for decay, erase in itertools.product(Decay, Erase)]
 SCALAR_DELTA = Recurrence(Decay.SCALAR, Erase.DELTA)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreted() -> None:
-    assert DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1", (
-        "tests/conftest.py sets it before triton is imported"
-    )
 
 
 def draw_tokens(
@@ -304,43 +291,14 @@ SEEDED_BUGS = {
 }
 
 
-@pytest.fixture
-def seed_bug(tmp_path: Path) -> Iterator[Any]:
-    """Loads the module with texts replaced, under a name of its own, its op too."""
-    names = []
-
-    def load(bug: dict[str, str]) -> ModuleType:
-        name = f"seeded_decode_{abs(hash(str(bug)))}"
-        source = Path(decode.__file__).read_text(encoding="utf-8")
-        for right, wrong in (
-            {'operator("decode_step"': f'operator("{name}"', "linear_moe::decode_step": f"linear_moe::{name}"} | bug
-        ).items():
-            assert source.count(right) == 1, right
-            source = source.replace(right, wrong)
-        # A file of its own: triton reads a kernel's source from it.
-        file = tmp_path / f"{name}.py"
-        file.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        names.append(name)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    for name in names:
-        del sys.modules[name]
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter")
+@in_the_interpreter
 @pytest.mark.parametrize("bug", [None, *SEEDED_BUGS])
-def test_seeded_bugs_are_caught(bug: str | None, seed_bug: Any) -> None:
-    module = seed_bug({} if bug is None else SEEDED_BUGS[bug])
+def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path) -> None:
+    module = seed_operator(decode, {} if bug is None else SEEDED_BUGS[bug], tmp_path)
     # As many slots as heads, and no memory for the last one: what a swapped stride or a dropped mask hits is allocated.
     case = (module, SCALAR_DELTA, [2, 4, 1, -1], 2)
     if bug is None:
         check_against_recurrent(*case, heads=4, key_heads=2, K=6, V=5)
         return
-    with pytest.raises(AssertionError, match="over the error budget|reads 0|keeps its bits"):
+    with over_the_budget("reads 0", "keeps its bits"):
         check_against_recurrent(*case, heads=4, key_heads=2, K=6, V=5)

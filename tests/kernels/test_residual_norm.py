@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from cases import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_laws import Patch, assert_same_bits, poisoned_memory
+from poison import poisoned_memory
+from scan_laws import Patch, assert_same_bits
 from seeding import Bug, in_the_interpreter, over_the_budget, seed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -234,7 +235,7 @@ def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case, mon
     inputs = draw(case)
     once = results(kernels, case, inputs)
     assert_same_bits(once, results(kernels, case, inputs))
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         assert_same_bits(once, results(kernels, case, inputs))
 
 
@@ -337,7 +338,7 @@ BUGS = {
 def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: Patch) -> None:
     case, right, wrong = BUGS[bug]
     monkeypatch.setattr(block_parts, "residual_norm", seed(residual_norm, Bug(residual_norm, right, wrong), tmp_path))
-    with over_the_budget(), poisoned_memory(monkeypatch):
+    with over_the_budget():
         check(case)
 
 

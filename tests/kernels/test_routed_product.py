@@ -11,7 +11,8 @@ import torch
 from cases import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_laws import Patch, assert_same_bits, poisoned_memory
+from poison import poisoned_memory
+from scan_laws import Patch, assert_same_bits
 from seeding import Bug, in_the_interpreter, over_the_budget, seed
 from torch import Tensor
 
@@ -115,7 +116,7 @@ def test_same_bits_twice_and_memory_is_written_before_it_is_read(monkeypatch: Pa
     inputs = draw()
     once = {"product": kernel(inputs)}
     assert_same_bits(once, {"product": kernel(inputs)})
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         assert_same_bits(once, {"product": kernel(inputs)})
 
 
@@ -216,7 +217,7 @@ def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: Patch) ->
     right, wrong = BUGS[bug]
     copy = seed(routed_product, Bug(routed_product, right, wrong, COUNTS.get(bug, 1)), tmp_path)
     monkeypatch.setattr(mixing, "_routed_product", copy)
-    with over_the_budget(), poisoned_memory(monkeypatch), trying(TABLE, (torch.float32,), SMALL):
+    with over_the_budget(), trying(TABLE, (torch.float32,), SMALL):
         check(draw())
 
 

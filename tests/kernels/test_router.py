@@ -13,7 +13,8 @@ import torch
 from cases import DEVICE, DTYPES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scan_laws import Patch, assert_same_bits, poisoned_memory
+from poison import poisoned_memory
+from scan_laws import Patch, assert_same_bits
 from seeding import Bug, in_the_interpreter, over_the_budget, seed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -336,7 +337,7 @@ def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case, mon
     inputs = draw(case)
     once = results(case, inputs)
     assert_same_bits(once, results(case, inputs))
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         assert_same_bits(once, results(case, inputs))
 
 
@@ -557,7 +558,7 @@ def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: Patch) ->
     copy = seed(router, Bug(router, right, wrong), tmp_path)
     monkeypatch.setattr(copy, "num_processors", lambda device: 1)
     monkeypatch.setattr(router_operator, "kernels", copy)
-    with over_the_budget(), poisoned_memory(monkeypatch):
+    with over_the_budget():
         check(case)
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import DEVICE
-from scan_laws import Patch, assert_same_bits, poisoned_memory
+from poison import poisoned_memory
+from scan_laws import Patch, assert_same_bits
 from seeding import in_the_interpreter, seed_operator
 from torch import Tensor
 
@@ -158,7 +159,7 @@ def test_so_it_is_in_16_bits(case: Case) -> None:
 def test_memory_is_written_before_it_is_read(case: Case, monkeypatch: Patch) -> None:
     inputs = draw(case)
     once = results(together, case, inputs)
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         assert_same_bits(once, results(together, case, inputs))
 
 

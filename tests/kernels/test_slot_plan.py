@@ -12,7 +12,8 @@ import torch
 from cases import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_laws import Patch, poisoned_memory
+from poison import poisoned_memory
+from scan_laws import Patch
 from seeding import Bug, in_the_interpreter, seed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -134,7 +135,7 @@ def test_same_bits_twice_and_memory_is_written_before_it_is_read(monkeypatch: Pa
     slots = draw_slots(20, 2, 9, 4)
     once = slot_plan.sort(*slots)
     assert_same(slot_plan.sort(*slots), once)
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         assert_same(slot_plan.sort(*slots), once)
 
 
@@ -215,7 +216,7 @@ def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path, monkeypatch: Pa
     copy = seed(slot_plan, None if bug is None else BUGS[bug], tmp_path)
     slots = draw_slots(40, 2, 5, 4, pads=0.3, skew=3.0)
     # No bug writes past the slots. Where one leaves a place unwritten, what is found there must be a slot.
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         if bug is None:
             check(slots, SMALL, copy)
             return

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from cases import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_laws import Patch, assert_same_bits, poisoned_memory
+from poison import poisoned_memory
+from scan_laws import Patch, assert_same_bits
 from seeding import Bug, in_the_interpreter, over_the_budget, seed
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def test_same_bits_twice_and_memory_is_written_before_it_is_read(monkeypatch: Pa
     given = draw(EXAMPLE)
     once = results(block_parts.gated_unit, *given)
     assert_same_bits(once, results(block_parts.gated_unit, *given))
-    with poisoned_memory(monkeypatch):
+    with poisoned_memory():
         assert_same_bits(once, results(block_parts.gated_unit, *given))
 
 
@@ -168,7 +169,7 @@ BUGS = {
 def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: Patch) -> None:
     case, right, wrong = BUGS[bug]
     monkeypatch.setattr(block_parts, "swiglu", seed(swiglu, Bug(swiglu, right, wrong), tmp_path))
-    with over_the_budget(), poisoned_memory(monkeypatch):
+    with over_the_budget():
         check(case)
 
 
