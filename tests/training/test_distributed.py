@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +56,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="torchrun on Windows needs more than torch brings")
 def test_torchrun_runs_the_same_command(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = ["-m", "linear_moe", "train", *COMMAND, "--device", "cpu", "--accumulate", "2"]
     command += ["--precision", "bfloat16", "--evaluate-every", "2", "--log-to", "tensorboard", "--output"]
     said = _run([sys.executable, *torchrun, *command, "two"], tmp_path)
