@@ -248,7 +248,7 @@ def test_where_a_slot_lies_changes_nothing(case: Case) -> None:
 
 
 @every_example
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case, monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case) -> None:
     inputs = draw(case)
     once = results(kernels, case, inputs)
     assert_same_bits(once, results(kernels, case, inputs))

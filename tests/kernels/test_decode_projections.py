@@ -12,7 +12,7 @@ from cases import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_memory
-from scan_laws import Patch, assert_same_bits
+from scan_laws import assert_same_bits
 from seeding import in_the_interpreter, over_the_budget, seed_operator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -158,7 +158,7 @@ def test_a_nan_stays_with_its_token() -> None:
 
 
 @every_example
-def test_same_bits_twice_and_everything_is_written(case: Case, monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_everything_is_written(case: Case) -> None:
     inputs = draw(case)
     once = kernels(decode_projections, case, inputs)
     with poisoned_memory():
@@ -257,7 +257,7 @@ BUGS: dict[str, tuple[Case, dict[str, str]]] = {
 
 @in_the_interpreter
 @pytest.mark.parametrize("bug", [None, *BUGS])
-def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path) -> None:
     case, texts = (SOME, {}) if bug is None else BUGS[bug]
     module = seed_operator(decode_projections, texts, tmp_path)
     if bug is None:

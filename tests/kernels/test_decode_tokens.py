@@ -12,7 +12,7 @@ from cases import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_memory
-from scan_laws import Patch, assert_same_bits
+from scan_laws import assert_same_bits
 from seeding import in_the_interpreter, over_the_budget, seed_operator
 from torch import Tensor
 from torch.nn import functional
@@ -295,7 +295,7 @@ def test_pads_and_unpicked_memories_are_left_alone() -> None:
     assert_same_bits(*({name: x for name, x in found.items() if name != "state"} for found in (once, made)))
 
 
-def test_same_bits_twice_and_everything_is_written(monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_everything_is_written() -> None:
     for case in (PADDED, replace(SOME, gates="none", tokens=1)):
         call = call_of(case)
         inputs = draw(call)
@@ -397,7 +397,7 @@ BUGS: dict[str, tuple[Case, dict[str, str]]] = {
 
 @in_the_interpreter
 @pytest.mark.parametrize("bug", [None, *BUGS])
-def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path) -> None:
     case, texts = (SOME, {}) if bug is None else BUGS[bug]
     module = seed_operator(decode_tokens, texts, tmp_path)
     if bug is None:

@@ -117,7 +117,7 @@ def test_gates_that_are_far_open_and_shut() -> None:
     assert made["beta"].tolist() == [[0.0] * 3, [2.0] * 3] and not made["d_y"].any()
 
 
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read() -> None:
     case = Case(600)
     inputs = draw(case)
     once = results(by_kernel, case, inputs)

@@ -231,7 +231,7 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
 
 
 @every_example
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case, monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case) -> None:
     inputs = draw(case)
     once = results(kernels, case, inputs)
     assert_same_bits(once, results(kernels, case, inputs))

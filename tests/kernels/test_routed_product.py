@@ -112,7 +112,7 @@ def test_no_slot(lengths: tuple[int, ...]) -> None:
     assert made.shape == (0, 40)
 
 
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read() -> None:
     inputs = draw()
     once = {"product": kernel(inputs)}
     assert_same_bits(once, {"product": kernel(inputs)})

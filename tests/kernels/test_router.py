@@ -333,7 +333,7 @@ def test_a_token_is_routed_alike_alone_and_among_others(dtype: torch.dtype, weig
 
 
 @every_example
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case, monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case) -> None:
     inputs = draw(case)
     once = results(case, inputs)
     assert_same_bits(once, results(case, inputs))

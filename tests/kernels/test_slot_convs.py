@@ -156,7 +156,7 @@ def test_so_it_is_in_16_bits(case: Case) -> None:
 
 
 @every_case
-def test_memory_is_written_before_it_is_read(case: Case, monkeypatch: Patch) -> None:
+def test_memory_is_written_before_it_is_read(case: Case) -> None:
     inputs = draw(case)
     once = results(together, case, inputs)
     with poisoned_memory():

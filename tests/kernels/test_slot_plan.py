@@ -212,7 +212,7 @@ BUGS = {
 
 @in_the_interpreter
 @pytest.mark.parametrize("bug", [None, *BUGS])
-def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_seeded_bugs_are_caught(bug: str | None, tmp_path: Path) -> None:
     copy = seed(slot_plan, None if bug is None else BUGS[bug], tmp_path)
     slots = draw_slots(40, 2, 5, 4, pads=0.3, skew=3.0)
     # No bug writes past the slots. Where one leaves a place unwritten, what is found there must be a slot.

@@ -151,7 +151,7 @@ every_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES)
 
 
 @every_example
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case, monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read(case: Case) -> None:
     inputs = draw(case)
     once = results(kernels, case, inputs)
     assert_same_bits(once, results(kernels, case, inputs))

@@ -97,7 +97,7 @@ def test_gates_that_are_far_open_and_shut() -> None:
         torch.testing.assert_close(y.double(), exact[name], rtol=1e-5, atol=1e-37)
 
 
-def test_same_bits_twice_and_memory_is_written_before_it_is_read(monkeypatch: Patch) -> None:
+def test_same_bits_twice_and_memory_is_written_before_it_is_read() -> None:
     given = draw(EXAMPLE)
     once = results(block_parts.gated_unit, *given)
     assert_same_bits(once, results(block_parts.gated_unit, *given))
