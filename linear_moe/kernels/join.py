@@ -18,6 +18,8 @@ from linear_moe.kernels.splits import Splits
 
 JOIN_BLOCK = 1024
 AFFINE_TILE = 32
+MOST_DIRECT = 128
+"""Keys of which the state, as it is in registers, is a product's right factor."""
 
 
 @triton.jit
@@ -51,18 +53,25 @@ def _join_kernel(
     first = tl.load(first_ptr + segment)
     count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
     passed = count - 1 if final_ptr is None else count
-    for step in range(count):
+    for step in range(passed):
         piece = first + (count - 1 - step if REVERSE else step)
         at = (piece * HEADS + head) * SIZE + numbers
         tl.store(starts_ptr + at, state, mask=inside)
-        if step < passed:
-            if PER_CHANNEL:
-                total = tl.load(totals_ptr + (piece * HEADS + head) * K + numbers // V, mask=inside, other=0.0)
-            else:
-                total = tl.load(totals_ptr + piece * HEADS + head)
-            state = tl.exp(total) * state + tl.load(increments_ptr + at, mask=inside, other=0.0)
+        if PER_CHANNEL:
+            total = tl.load(totals_ptr + (piece * HEADS + head) * K + numbers // V, mask=inside, other=0.0)
+        else:
+            total = tl.load(totals_ptr + piece * HEADS + head)
+        state = tl.exp(total) * state + tl.load(increments_ptr + at, mask=inside, other=0.0)
     if final_ptr is not None:
         tl.store(final_ptr + at_segment, state, mask=inside)
+    else:
+        last = first + (0 if REVERSE else count - 1)
+        tl.store(starts_ptr + (last * HEADS + head) * SIZE + numbers, state, mask=inside)
+
+
+def _new_starts(increments: Tensor, splits: Splits) -> Tensor:
+    """Room for the state each piece starts from, 0 where a piece may be of no segment."""
+    return torch.empty_like(increments) if splits.all_owned else torch.zeros_like(increments)
 
 
 def join(
@@ -91,7 +100,7 @@ def join(
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
-    starts = torch.zeros_like(increments)
+    starts = _new_starts(increments, splits)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     launch_kernel(
         _join_kernel,
@@ -146,10 +155,15 @@ def _join_affine_kernel(
     first = tl.load(first_ptr + segment)
     count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
     passed = count - 1 if final_ptr is None else count
-    for step in range(count):
+    for step in range(passed):
         piece = (first + (count - 1 - step if REVERSE else step)) * HEADS + head
         tl.store(starts_ptr + piece * K * V + at, state, mask=inside)
-        if step < passed:
+        if STEP == K_BLOCK:
+            moves_at = piece * K * K + keys[:, None] * row_stride + keys[None, :] * column_stride
+            moves = tl.load(transitions_ptr + moves_at, mask=(keys < K)[:, None] & (keys < K)[None, :], other=0.0)
+            increment = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
+            state = tl.dot(moves, state, acc=increment, input_precision=PRECISION)
+        else:
             # What was just stored is read again a few rows at a time: a product's operand can't be cut out of registers.
             tl.debug_barrier()
             state = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
@@ -162,6 +176,9 @@ def _join_affine_kernel(
                 state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + (segment * HEADS + head) * K * V + at, state, mask=inside)
+    else:
+        last = (first + (0 if REVERSE else count - 1)) * HEADS + head
+        tl.store(starts_ptr + last * K * V + at, state, mask=inside)
 
 
 def join_affine(
@@ -191,8 +208,11 @@ def join_affine(
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
-    starts = torch.zeros_like(increments)
+    starts = _new_starts(increments, splits)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
+    block = block_of(K)
+    # Exact products of more rows than that do not fit the registers, nor do others of more than a head's usual.
+    direct = block <= (AFFINE_TILE if exact else MOST_DIRECT)
     launch_kernel(
         _join_affine_kernel,
         num_segments * heads * cdiv(V, AFFINE_TILE),
@@ -206,10 +226,12 @@ def join_affine(
         HEADS=heads,
         K=K,
         V=V,
-        K_BLOCK=block_of(K),
+        K_BLOCK=block,
         TILE=AFFINE_TILE,
-        STEP=AFFINE_TILE,
+        STEP=block if direct else AFFINE_TILE,
         REVERSE=reverse,
         PRECISION="ieee" if exact else "tf32x3",
+        num_warps=8 if direct else 4,
+        num_stages=2 if direct else 3,
     )
     return starts, final

@@ -48,6 +48,8 @@ class Splits(NamedTuple):
     """A bound on the pieces of a segment."""
     order: Tensor | None = None
     """`[P]` int64: the pieces as they should be walked, the longest of uncut segments first. None: one after another."""
+    all_owned: bool = False
+    """Whether sizes say that every piece is a segment's."""
 
     @property
     def num_pieces(self) -> int:
@@ -158,7 +160,7 @@ def _uniform_pieces(num_segments: int, segment_length: int, length: int, device:
     kept = (place + 1 < each, place > 0, (place >= 0) & (each > 1))
     leading, trailing, several = (torch.where(which[:, None], borders, 0) for which in kept)
     first = torch.arange(num_segments + 1, device=device) * each
-    return Splits(borders, first, owner, leading, trailing, several, each)
+    return Splits(borders, first, owner, leading, trailing, several, each, all_owned=True)
 
 
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:

@@ -185,7 +185,7 @@ def loop(
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("initial", [False, True], ids=["from zeros", "from a state"])
-@pytest.mark.parametrize("kind", ["scalar", "per channel", "affine", "affine transposed"])
+@pytest.mark.parametrize("kind", ["scalar", "per channel", "affine", "affine transposed", "affine at once"])
 @pytest.mark.parametrize(("K", "V"), [(5, 7), (40, 33)])
 def test_joins_are_a_loop_over_pieces(K: int, V: int, kind: str, initial: bool, reverse: bool) -> None:
     splits = cut(borders_of(LENGTHS), sum(LENGTHS) + 25, PIECE, max(LENGTHS))
@@ -197,7 +197,8 @@ def test_joins_are_a_loop_over_pieces(K: int, V: int, kind: str, initial: bool, 
         transitions = (torch.randn(pieces, heads, K, K) / K**0.5).to(DEVICE)
         if kind == "affine transposed":
             transitions = transitions.mT
-        starts, final = join_affine(increments, transitions, state, splits, reverse=reverse)
+        exactly = kind != "affine at once"
+        starts, final = join_affine(increments, transitions, state, splits, reverse=reverse, exact=exactly)
         exact = transitions.double()
     else:
         totals = -torch.rand(pieces, heads, *((K,) if kind == "per channel" else ())).to(DEVICE)
