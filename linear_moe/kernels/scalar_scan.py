@@ -46,35 +46,55 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def choose_launch(key_dim: int, dtype: torch.dtype) -> Launch:
-    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms with a decay a token, of o, dq, dk and dv).
+WALK_TILE = 64
+"""Value channels of a program, of which a GPU is filled by two a multiprocessor, where long segments are cut."""
 
-    K = V = 128, B8 T4096 H16: 0.225, 0.320, 0.221, 0.339; 1 stage 0.274, 0.416, 0.271, 0.387; 3 stages 0.227, 0.359, 0.234,
-    0.357; value tile 128 on 8 warps 0.317, 0.642, 0.344, 0.459. K = V = 64, B32 T2048 H16, o and dq: 0.193, 0.246; 2 stages
-    0.208, 0.313. On an H200, o with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332; at K = V =
-    64 value tile 32 0.228 for 0.149, chunk 128 0.470.
+
+def chunk_length(dtype: torch.dtype) -> int:
+    """Tokens that are read and written at a time."""
+    # Exact products take no tensor cores and twice the registers.
+    return 32 if dtype == torch.float32 else 64
+
+
+def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
+    """Launch parameters of `walk`: "output", or "overlap" where the decay gradient's part is made with it, of either
+    "backwards", or "states" alone.
+
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of a scan with 2, 3 and 4 stages). K = V =
+    128, B8 T4096 H16, forwards: without a decay 0.203, 0.191, 0.181 (5 stages 0.183), with one a head 0.219, 0.205, 0.187
+    (0.193), a token 0.229, 0.225, 0.219; backwards without overlap 0.203, 0.192, 0.182; 0.216, 0.202, 0.187; 0.225, 0.233,
+    0.239. With overlap 0.321, 0.359, 0.370, and backwards 0.334, 0.355, 0.318, but where pieces start from a state, B1
+    T32768, 0.330, 0.379, 0.387. Value tile 128 on 8 warps with 3 stages forwards: 0.184, 0.209, 0.299. States alone, of 7
+    of 8 pieces at B1 T32768, 0.105, 0.094, 0.096 (a head); with value tile 128 and 3 stages 0.093.
+    K = V = 64, B32 T2048 H16, forwards with 2 to 5 stages: 0.215, 0.190, 0.191, 0.186 without a decay; 0.199, 0.190, 0.192,
+    0.187; 0.210, 0.193, 0.196, 0.194. With overlap 0.314, 0.248, 0.238, 0.243.
+    On an H200, forwards with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332.
     """
+    chunk = chunk_length(dtype)
     if dtype == torch.float32:
-        # Exact products take no tensor cores and twice the registers.
-        return Launch(chunk=32, value_tile=32, num_warps=4, num_stages=1)
-    if key_dim > 128:
-        return Launch(chunk=64, value_tile=64, num_warps=8, num_stages=2)
-    if key_dim > 64:
-        return Launch(chunk=64, value_tile=64, num_warps=4, num_stages=2)
-    return Launch(chunk=64, value_tile=64, num_warps=4, num_stages=3)
+        return Launch(chunk, value_tile=32, num_warps=4, num_stages=1)
+    launch = Launch(chunk, value_tile=WALK_TILE, num_warps=4, num_stages=4)
+    if walk == "states":
+        return launch._replace(value_tile=128 if value_dim > 64 else 64, num_stages=3)
+    if max(key_dim, value_dim) <= 64:
+        if walk.startswith("output"):
+            return launch._replace(num_stages=3 if decay == "scalar" else 5)
+    elif decay == "scalar" and walk != "output":
+        return launch._replace(num_stages=2)
+    return launch
 
 
 TABLE = LaunchTable(
     "scalar_scan",
-    lambda decay, key_dim, value_dim, dtype: choose_launch(key_dim, dtype),
-    lambda decay, key_dim, value_dim, dtype: {
+    lambda walk, decay, key_dim, value_dim, dtype: choose_launch(walk, decay, key_dim, value_dim, dtype),
+    lambda walk, decay, key_dim, value_dim, dtype: {
         "value_tile": tile_choices(value_dim, key_dim, dtype),
         "num_warps": (4, 8),
-        "num_stages": (1, 2, 3, 4),
+        "num_stages": (2, 3, 4, 5) if dtype != torch.float32 else (1, 2, 3),
     },
 )
-"""By the decay, the widths of what is walked as keys and values, and the dtype. The chunk and, through `piece_length`, where
-segments are cut are the frozen table's: forward and backward passes share them."""
+"""By what is made, the decay, the widths of what is walked as keys and values, and the dtype. The chunk and, through
+`piece_length`, where segments are cut are the frozen table's: forward and backward passes share them."""
 
 
 class WritesLaunch(NamedTuple):
@@ -139,7 +159,10 @@ def _scan(
     """
     num_tokens, _, key_dim = q.shape
     value_dim = v.shape[2]
-    launch = TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
+    made = (
+        "states" if output is None else f"{'output' if other is None else 'overlap'}{' backwards' if reverse else ''}"
+    )
+    launch = TABLE.pick(v.device, made, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
     value_tile = tile_of(value_dim, launch.value_tile, k.dtype)
     tiles = cdiv(value_dim, value_tile)
     overlap = None
@@ -169,7 +192,7 @@ def _scan(
         Q_HEADS=q.shape[1],
         K_HEADS=k.shape[1],
         V_HEADS=v.shape[1],
-        OTHER_HEADS=1 if other is None else other.shape[1],
+        OTHER_HEADS=0 if other is None else other.shape[1],
         K=key_dim,
         V=value_dim,
         CHUNK=launch.chunk,
@@ -219,7 +242,7 @@ def _writes(
         K_HEADS=k.shape[1],
         K=key_dim,
         V=value_dim,
-        CHUNK=choose_launch(key_dim, k.dtype).chunk,
+        CHUNK=chunk_length(k.dtype),
         K_BLOCK=block_of(key_dim),
         V_BLOCK=block_of(value_dim),
         DECAY=walk.kind,
@@ -237,7 +260,7 @@ def _joined(
     """The state that each piece starts from: each piece alone, then the join."""
     shape = (walk.splits.num_pieces, walk.heads, k.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=k.device)
-    totals = torch.zeros(shape[:2], dtype=torch.float32, device=k.device)
+    totals = torch.empty(shape[:2], dtype=torch.float32, device=k.device)
     _scan(
         walk, k, k, v, starts=None, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
         borders=walk.splits.trailing if reverse else walk.splits.leading,
@@ -247,13 +270,13 @@ def _joined(
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
-    launch = choose_launch(k.shape[2], v.dtype)
-    tiles = cdiv(v.shape[2], tile_of(v.shape[2], launch.value_tile, v.dtype))
+    launch = choose_launch("output", DECAY_NAMES[0], k.shape[2], v.shape[2], v.dtype)
+    tiles = cdiv(v.shape[2], tile_of(v.shape[2], min(launch.value_tile, WALK_TILE), v.dtype))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 
 def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> _Walk:
-    chunk = choose_launch(k.shape[2], k.dtype).chunk
+    chunk = chunk_length(k.dtype)
     if decay is Decay.SCALAR:
         assert log_decay is not None
         # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.

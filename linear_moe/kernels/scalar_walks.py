@@ -72,10 +72,11 @@ def scan_kernel(
     TRANSPOSED_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out: no output (states alone), no initial or final state, no overlap.
+    """A null pointer leaves its part out: no output, no initial or final state, no overlap.
 
     The walk is linear in its start and in v, so a scale on what is written stands outside it: on the reads, and on the
-    initial and final state.
+    initial and final state. Without an output it goes the other way, from where the piece ends on: what is written fades by all
+    that comes after it at once, and the state, which starts at 0 then, by nothing.
     """
     NUM_TILES: tl.constexpr = (V + V_TILE - 1) // V_TILE
     tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
@@ -94,12 +95,14 @@ def scan_kernel(
     else:
         state = tl.zeros((K_BLOCK, V_TILE), tl.float32)
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
-    if total_ptr is not None:
-        all_decay = 0.0
+    if o_ptr is None:
+        tl.static_assert(initial_ptr is None, "a state alone is of what a piece writes")
+        reach = tl.zeros((), tl.float64 if PRECISION == "ieee" else tl.float32)
+    BACKWARDS: tl.constexpr = (o_ptr is None) != REVERSE
 
     num_chunks = tl.cdiv(size, CHUNK)
     for step in range(num_chunks):
-        chunk = num_chunks - 1 - step if REVERSE else step
+        chunk = num_chunks - 1 - step if BACKWARDS else step
         first = start + chunk * CHUNK
         num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
         valid = rows < num_rows
@@ -108,10 +111,15 @@ def scan_kernel(
         # `before` brings the chunk's incoming state to a row, `after` a row's write to the outgoing state.
         if DECAY != NO_DECAY:
             summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
-            to_end = decay_between(total, summed)
-            from_start = decay_of(summed)
-            before = to_end if REVERSE else from_start
-            after = from_start if REVERSE else to_end
+            if o_ptr is None:
+                left = summed if REVERSE else tl.minimum(total - summed, 0.0)
+                after = decay_of(left + reach)
+                reach += total
+            else:
+                to_end = decay_between(total, summed)
+                from_start = decay_of(summed)
+                before = to_end if REVERSE else from_start
+                after = from_start if REVERSE else to_end
         if o_ptr is not None:
             q = load_rows(q_ptr, first, q_head, Q_HEADS, K, rows, keys, valid)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -138,16 +146,15 @@ def scan_kernel(
             o = scale * tl.dot(products, v, acc=o, input_precision=PRECISION)
             store_rows(o_ptr, o, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
-            state *= decay_of(total)
+            if o_ptr is not None:
+                state *= decay_of(total)
             v = (v.to(tl.float32) * after[:, None]).to(dtype)
-            if total_ptr is not None:
-                all_decay += total.to(tl.float32)
         state = tl.dot(tl.trans(k), v, acc=state, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, state_scale * state, mask=in_state)
     if total_ptr is not None:
         if tile == 0:
-            tl.store(total_ptr + piece * HEADS + head, all_decay / LOG2E)
+            tl.store(total_ptr + piece * HEADS + head, (reach / LOG2E).to(tl.float32))
 
 
 @triton.jit

@@ -80,10 +80,15 @@ class ScanWork:
             return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel})]
         # Backwards keys and values change places.
         ways = dict.fromkeys([(K, V), (V, K)])
+        # Whose head the gradient of a decay is summed with, if one is wanted.
+        others = {"output": 0} | ({"overlap": self.heads} if self.form.decay is Decay.SCALAR else {})
         scans = [
-            Entry(scalar_scan.TABLE, (decay, *way, self.dtype), scalar_walks.scan_kernel, {"K": way[0], "V": way[1]})
-            for way in ways
-        ]
+            Entry(
+                scalar_scan.TABLE, (walk, decay, *way, self.dtype), scalar_walks.scan_kernel,
+                {"K": way[0], "V": way[1], "OTHER_HEADS": heads},
+            )
+            for way in ways for walk, heads in others.items()
+        ]  # fmt: skip
         if not scalar_scan.writes_together(K, V, self.dtype):
             return scans
         return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]

@@ -175,14 +175,15 @@ def arguments_of(
     if form.erase is Erase.DELTA:
         # The transitions of a split are walked with K columns.
         sizes = [(K, V), (K, K)]
-        walks = ("forward", "values", "values in full", "gradients")
+        walks = ("forward", "states", "values", "values in full", "gradients")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
         entries += [(gated_deltanet.SOLVE_TABLE, (decay, K, dtype))]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
     elif form.decay is Decay.VECTOR:
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "states", "gradients")]
     else:
-        entries += [(scalar_scan.TABLE, (decay, *way, dtype)) for way in ways]
+        made = ("output", "overlap", "states")
+        entries += [(scalar_scan.TABLE, (name, decay, *way, dtype)) for name in made for way in ways]
         entries += [(scalar_scan.WRITES_TABLE, (decay, K, V, dtype))]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
         entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype))]
@@ -207,7 +208,7 @@ def test_candidates_are_few_and_change_no_shared_size(form: Recurrence) -> None:
                         assert getattr(launch, fixed) == getattr(entry, fixed)
                     if dtype != torch.float32 and table is not decode.TABLE:
                         # `blocks.tile_of` says why.
-                        assert min(getattr(launch, name, 64) for name in ("tile", "value_tile")) >= 64
+                        assert min(getattr(launch, name, 64) for name in ("tile", "key_tile", "value_tile")) >= 64
                 changes = [sum(a != b for a, b in zip(launch, entry, strict=True)) for launch in found]
                 assert changes == sorted(changes)
                 assert entry._asdict() == json.loads(json.dumps(entry._asdict()))
@@ -277,7 +278,7 @@ def test_passes_and_fakes_agree_under_findings(name: str, stored: bool, monkeypa
 def test_the_interpreter_takes_what_is_tried() -> None:
     """Or the test above would say nothing: a finding that can't run is noticed."""
     case = replace(Case(SCALAR_FORMS[0], (9,), K=20, V=20), initial=False)
-    arguments = ("none", 20, 20, case.dtype)
+    arguments = ("output", "none", 20, 20, case.dtype)
     broken = scalar_scan.TABLE.frozen(*arguments)._replace(value_tile=3)
     with trying(scalar_scan.TABLE, arguments, broken), warnings.catch_warnings(), pytest.raises(Exception, match=r"."):
         results(kernels, case, draw(case))

@@ -31,12 +31,14 @@ def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: p
 
 WHOLE = Case(Recurrence(Decay.SCALAR), (34, 3), K=10, V=6, spare=4)
 CUT = replace(WHOLE, lengths=(2, 105), rate=0.1)
+# Pieces of two chunks.
+LONG = replace(WHOLE, lengths=(2, 790), rate=0.02)
 CONSTANT = replace(WHOLE, form=Recurrence(Decay.HEAD))
 # As many segments as heads: what swapped strides hit is allocated.
 HEADS = replace(WHOLE, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
 # The gradients of keys and values in a walk each.
 WIDE = replace(WHOLE, K=20, V=18)
-CLEAN = {"whole": WHOLE, "wide": WIDE, "cut": CUT, "constant": CONSTANT, "heads": HEADS}
+CLEAN = {"whole": WHOLE, "wide": WIDE, "cut": CUT, "long": LONG, "constant": CONSTANT, "heads": HEADS}
 
 ROW = "tl.minimum(rows, num_rows - 1)"
 SCANNED = "valid = rows < num_rows\n        k ="
@@ -67,8 +69,9 @@ BUGS = {
     "pairs of a key's gradient do not fade": (WHOLE, Bug(scalar_walks, "wanted *= pairs", "wanted *= 1.0")),
     "the state is not added to": (WHOLE, Bug(scalar_walks, "(tl.trans(k), v, acc=state,", "(tl.trans(k), v,")),
     "the state's scale forgotten": (WIDE, Bug(scalar_walks, "state_scale * state, mask", "state, mask")),
-    "backwards as forwards": (WIDE, Bug(scalar_walks, "num_chunks - 1 - step if REVERSE else step", "step")),
+    "backwards as forwards": (WIDE, Bug(scalar_walks, "num_chunks - 1 - step if BACKWARDS else step", "step")),
     "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "chunk = num_chunks - 1 - step\n", "chunk = step\n")),
+    "a piece's writes fade by their chunk alone": (LONG, Bug(scalar_walks, "decay_of(left + reach)", "decay_of(left)")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
     "a split's carry does not fade": (CUT, Bug(join, "tl.exp(total) * state", "state")),
     "splits joined backwards as forwards": (

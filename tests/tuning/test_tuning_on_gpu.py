@@ -26,7 +26,7 @@ def test_a_kernel_is_tuned_and_stays_right(tmp_path: Path, monkeypatch: pytest.M
     launch_tables.forget_findings()
     device = torch.device("cuda", torch.cuda.current_device())
     work = ScanWork(Recurrence(Decay.SCALAR), 64, 64, torch.bfloat16, device, tokens=8192, heads=4)
-    (entry,) = work.entries()
+    entry = work.entries()[0]
     outcome = search(work, entry, lambda passes: time_in_turns(passes, device))
     assert outcome.ms_before is not None and outcome.ms_before > 0
     assert outcome.timed + len(outcome.dropped) == len(entry.candidates)
