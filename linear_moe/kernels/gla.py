@@ -55,10 +55,11 @@ class Launch(NamedTuple):
 def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
     """Launch parameters of `kernel`: "prepare", "walk", "states" (a walk that stores them) or "gradients". All share one chunk.
 
-    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128): prepare 0.43, at 1
-    stage 0.50, on 8 warps 0.63; walk 0.237, at 1 stage 0.29, at 3 stages 0.25; states, both ways, 0.536, at 2 stages 0.603, on
-    8 warps 0.538, with tile 128 0.534; gradients 0.93, at 2 stages 0.95, on 8 warps 1.8. With 168 registers, for three programs
-    a multiprocessor, prepare 0.48. At B32 T2048 H16 K = V = 64: walk 0.238, at 2 stages 0.266.
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128): prepare 0.340,
+    at 2 stages 0.355 (0.43 when 1 stage took 0.50 and 8 warps 0.63); walk 0.237, at 1 stage 0.29, at 3 stages 0.25; states,
+    both ways, 0.536, at 2 stages 0.603, on 8 warps 0.538, with tile 128 0.534; gradients 0.93, at 2 stages 0.95, on 8 warps
+    1.8. With 168 registers, for three programs a multiprocessor, prepare 0.48. At B32 T2048 H16 K = V = 64: walk 0.238, at
+    2 stages 0.266.
     """
     largest = max(key_dim, value_dim)
     if dtype == torch.float32:
@@ -67,7 +68,7 @@ def choose_launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype)
     if kernel in ("walk", "states"):
         stages = 2 if largest > 128 or (kernel == "walk" and largest > 64) else 3
         return Launch(chunk=64, tile=64, num_warps=8 if largest > 128 else 4, num_stages=stages)
-    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if kernel == "prepare" else 3)
+    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if kernel == "prepare" and largest > 128 else 3)
 
 
 TABLE = LaunchTable(

@@ -34,11 +34,13 @@ from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows
 def choose_launch(dtype: torch.dtype) -> Launch:
     """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16, scalar decay, H4 K = V = 256).
 
-    The delta rule's, ms at 98,304 tokens in 40 segments, writes and reads: 0.77, 1.00; columns of 64 and 2 stages 0.82, 1.12;
-    2 stages 0.89, 1.20; with 64 rows, 4 warps and 2 stages 0.81, 1.05. Without erase at B8 T4096: 0.51, with 64 rows the same;
-    where each read had a launch of its own 0.64. With tiles finished as they come, not by quarters: 0.94, 1.24 and 0.54.
+    The delta rule's, ms at 98,304 tokens in 40 segments, writes and reads: 0.77, 1.00; columns of 64 and 2 stages 0.82,
+    1.12; 2 stages 0.89, 1.20; with 64 rows, 4 warps and 2 stages 0.81, 1.05. Without erase at B8 T4096: 0.51, with 64 rows
+    the same, with 4 stages 3% more; where each read had a launch of its own 0.64. With tiles finished as they come, not by
+    quarters: 0.94, 1.24 and 0.54.
     """
-    return piece_reads.choose_launch(dtype)
+    launch = piece_reads.choose_launch(dtype)
+    return launch._replace(num_stages=min(launch.num_stages, 3))
 
 
 TABLE = LaunchTable(

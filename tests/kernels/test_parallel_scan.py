@@ -13,7 +13,7 @@ from scan_laws import Law, clean, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import delta_walks, gated_deltanet, parallel_scan, piece_gradients, piece_reads
+from linear_moe.kernels import blocks, delta_walks, gated_deltanet, parallel_scan, piece_gradients, piece_reads
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str)
 # A form of each way through the kernels: what has no decay takes a part of what has one.
@@ -113,7 +113,7 @@ BUGS = {
     "a state that does not fade": (SCALAR, Bug(parallel_scan, "state *= decay_of(total)", "state *= 1.0")),
     "a write that does not fade": (SCALAR, Bug(parallel_scan, "v.to(tl.float32) * weights[:, None]", "v * 1.0")),
     "a read that does not fade": (SCALAR, Bug(piece_reads, "o *= decay_of(summed)[:, None]", "pass")),
-    "a constant decay off by one position": (CONSTANT, Bug(parallel_scan, "rate * row", "rate * (row + 1)")),
+    "a constant decay off by one position": (CONSTANT, Bug(blocks, "rate * num_rows", "rate * (num_rows + 1)")),
     "the state of the piece before": (SCALAR, Bug(parallel_scan, FIRST, FIRST + " - (chunk * CHUNK // PIECE > 0)")),
     "a state that is stored a chunk late": (SCALAR, Bug(parallel_scan, "else in_piece == 0", "else in_piece == CHUNK")),
     "a state transposed": (SCALAR, Bug(piece_reads, "V, TRANSPOSED_STATE)", "V, not TRANSPOSED_STATE)")),
