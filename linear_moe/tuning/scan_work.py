@@ -78,18 +78,23 @@ class ScanWork:
         if wide:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
             return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel})]
-        # Backwards keys and values change places.
-        ways = dict.fromkeys([(K, V), (V, K)])
-        # Whose head the gradient of a decay is summed with, if one is wanted.
-        others = {"output": 0} | ({"overlap": self.heads} if self.form.decay is Decay.SCALAR else {})
+        together = scalar_scan.writes_together(K, V, self.dtype)
+        overlap = "overlap" if self.form.decay is Decay.SCALAR else "output"
+        # Of o, dq, dk and dv, of which the last two may be another kernel's. What is walked as keys and values changes places.
+        ways = [("output", K, V), (overlap, V, K)]
+        if not together:
+            ways += [("output backwards", V, K), (f"{overlap} backwards", K, V)]
         scans = [
             Entry(
-                scalar_scan.TABLE, (walk, decay, *way, self.dtype), scalar_walks.scan_kernel,
-                {"K": way[0], "V": way[1], "OTHER_HEADS": heads},
+                scalar_scan.TABLE, (walk, decay, keys, values, self.dtype), scalar_walks.scan_kernel,
+                {
+                    "K": keys, "V": values, "REVERSE": walk.endswith("backwards"),
+                    "OTHER_HEADS": self.heads if walk.startswith("overlap") else 0,
+                },
             )
-            for way in ways for walk, heads in others.items()
+            for walk, keys, values in dict.fromkeys(ways)
         ]  # fmt: skip
-        if not scalar_scan.writes_together(K, V, self.dtype):
+        if not together:
             return scans
         return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]
 

@@ -141,7 +141,7 @@ BUGS = {
     ),
     "a split's carry lost": (
         CUT,
-        Bug(join, "state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)", "pass"),
+        Bug(join, "state = tl.dot(moves, state, acc=increment, input_precision=PRECISION)", "state = increment"),
     ),
     "splits joined backwards as forwards": (
         CUT,

@@ -242,7 +242,7 @@ def test_works_launch_by_their_entries(form: Recurrence, stored: bool, monkeypat
 @in_the_interpreter
 def test_a_real_kernel_is_searched() -> None:
     work = ScanWork(FORMS[0], 16, 32, torch.float32, CPU, tokens=8, heads=1, checked=(9, 0, 3))
-    (entry, _) = work.entries()
+    entry, *_ = work.entries()
     outcome = search(work, entry, lambda passes: [0.5 if p[0].options["V_TILE"] == 16 else 1.0 for p in passes])
     assert not outcome.dropped
     assert outcome.found is not None and outcome.found.value_tile == 16
