@@ -9,7 +9,6 @@ and is in neither sum: with a strong decay it is nearly all of them, and their d
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,7 +55,7 @@ def _decay_gradient_kernel(
         carry += tl.sum(amount, 0)
 
 
-def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borders: Tensor) -> Tensor:
+def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borders: Tensor, *, dense: bool) -> Tensor:
     """The gradient of the log decays `[S, H]` float32; 0 for tokens in no piece.
 
     Args:
@@ -64,9 +63,10 @@ def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borde
         written: `[tiles, H, S]` float32: the same of what a token wrote, <v, dv> or <k, dk>.
         at_start: `[P, H]` float32, <S_0, dS_0> at each piece's start, or None for zeros.
         borders: `[P, 2]` int64.
+        dense: whether the pieces cover every token.
     """
     _, heads, num_tokens = read.shape
-    gradient = torch.zeros(num_tokens, heads, dtype=torch.float32, device=read.device)
+    gradient = read.new_empty(num_tokens, heads) if dense else read.new_zeros(num_tokens, heads)
     launch_kernel(
         _decay_gradient_kernel,
         borders.shape[0] * heads,

@@ -502,7 +502,7 @@ def backward(
         if before is not None:
             assert after is not None
             at_start = torch.linalg.vecdot(before.flatten(2), after.flatten(2))
-        d_decay = decay_gradient(crossing.read, crossing.written, at_start, borders)
+        d_decay = decay_gradient(crossing.read, crossing.written, at_start, borders, dense=ragged.dense)
     if shared:
         dq, dk = (sum_heads(x, k) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_beta.squeeze(0) if tiles == 1 else d_beta.sum(0), d_initial)

@@ -364,7 +364,7 @@ def backward(
         if initial_state is not None:
             assert d_initial is not None
             at_start = torch.linalg.vecdot(initial_state.flatten(2), d_initial.flatten(2))
-        d_decay = decay_gradient(*overlaps, at_start, whole(ragged.cu_seqlens).borders)
+        d_decay = decay_gradient(*overlaps, at_start, whole(ragged.cu_seqlens).borders, dense=ragged.dense)
     if shared:
         dq, dk = (sum_heads(x, q) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_initial)

@@ -369,7 +369,7 @@ def backward(
         if starts is not None:
             assert piece_ends is not None
             at_start = torch.linalg.vecdot(starts.flatten(2), piece_ends.flatten(2))
-        d_decay = decay_gradient(read, written, at_start, walk.splits.borders)
+        d_decay = decay_gradient(read, written, at_start, walk.splits.borders, dense=ragged.dense)
     if shared:
         dq, dk = (sum_heads(x, q) for x in (dq, dk))
     d_initial = None

@@ -145,7 +145,7 @@ def test_the_decay_gradient_is_what_crosses_a_token(tiles: tuple[int, int], star
     total, borders = sum(lengths) + spare, borders_of(lengths)
     read, written = (torch.randn(count, heads, total).to(DEVICE) for count in tiles)
     at_start = torch.randn(len(lengths), heads).to(DEVICE) if started else None
-    gradient = decay_gradient(read, written, at_start, whole(borders).borders).t()
+    gradient = decay_gradient(read, written, at_start, whole(borders).borders, dense=False).t()
     change = (written.double().sum(0) - read.double().sum(0)).split([*lengths, spare], 1)
     starts = torch.zeros(len(lengths), heads, device=DEVICE) if at_start is None else at_start
     exact = torch.cat(
