@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime.errors import OutOfResources
+
+TRITON_STAGES = 3
+"""Of a kernel that is launched without a number of its own."""
 
 Key = tuple[object, ...]
 
@@ -40,12 +44,29 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     if compiled is None:
         constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
         assert [parameter.name for parameter in kernel.params[len(arguments) :]] == constants, "constants by name, last"
-        made = kernel[(grid,)](*arguments, **options)
+        made = _launch_what_fits(kernel, grid, arguments, options)
         # A hook of Triton's may have kept it from being compiled.
         if made is not None:
             _compiled[key] = _Compiled(made, tuple([options[name] for name in constants]))
         return
     compiled.launch(grid, device, arguments)
+
+
+def _launch_what_fits(
+    kernel: Any, grid: int, arguments: tuple[Tensor | int | float | None, ...], options: dict[str, Any]
+) -> Any:
+    """Triton's own launch, with fewer pipeline stages where a multiprocessor has less shared memory than they ask for.
+
+    The launch tables are an H100's. Stages are how far ahead a kernel loads, and change no number that it makes.
+    """
+    while True:
+        try:
+            return kernel[(grid,)](*arguments, **options)
+        except OutOfResources:
+            stages = options.get("num_stages", TRITON_STAGES)
+            if stages == 1:
+                raise
+            options = {**options, "num_stages": stages - 1}
 
 
 class _Compiled:

@@ -1,4 +1,4 @@
-"""A compiled kernel is launched straight, and through Triton's own launch where a hook is to be told of it."""
+"""A compiled kernel is launched straight, and through Triton's own launch where a hook is to be told of it; stages give way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 
 from linear_moe.kernels import launch
 
@@ -51,3 +52,37 @@ def test_a_hook_is_told(name: str) -> None:
         chain.remove(hook)
     assert kernel.launched == [((3, 1, 1), 2, 5)]
     assert not kernel.ran
+
+
+class Large:
+    """A kernel that takes 50 kB of shared memory a stage, where there are `room` kB; it notes what was launched."""
+
+    params = ()
+
+    def __init__(self, room: int) -> None:
+        self.room, self.stages = room, list[int]()
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def run(*arguments: Any, num_stages: int = launch.TRITON_STAGES) -> Kernel:
+            if 50 * num_stages > self.room:
+                raise OutOfResources(50 * num_stages, self.room, "shared memory")
+            self.stages.append(num_stages)
+            return Kernel()
+
+        return run
+
+
+@pytest.mark.parametrize("asked", [{"num_stages": 4}, {}])
+def test_stages_give_way_to_what_fits(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_compiled", {})
+    kernel = Large(room=120)
+    launch.launch_kernel(kernel, 7, None, **asked)
+    launch.launch_kernel(kernel, 7, None, **asked)
+    assert kernel.stages == [2], "once found, it is launched straight"
+
+
+def test_what_does_not_fit_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(OutOfResources, match="Required: 50, Hardware limit: 40"):
+        launch.launch_kernel(Large(room=40), 7, None, num_stages=2)

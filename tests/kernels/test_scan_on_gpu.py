@@ -11,7 +11,8 @@ from scan_laws import assert_same_bits, use_processors
 from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import library
+from linear_moe.kernels import library, scalar_scan
+from linear_moe.kernels.launch_tables import trying
 from linear_moe.testing.budget import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -183,3 +184,12 @@ def test_a_captured_graph_gives_the_same_numbers(form: Recurrence) -> None:
         graph.replay()
         replayed = {name: x.clone() for name, x in captured.items()}
         assert_same_bits(replayed, passes.run())
+
+
+def test_more_stages_than_fit_are_fewer() -> None:
+    case = bfloat16(Recurrence(), (200, 64), K=128, V=128)
+    inputs, arguments = draw(case), ("output", "none", 128, 128, torch.bfloat16)
+    plain = results(kernels, case, inputs)
+    with trying(scalar_scan.TABLE, arguments, scalar_scan.TABLE.frozen(*arguments)._replace(num_stages=9)):
+        made = results(kernels, case, inputs)
+    assert_same_bits(made, plain)
