@@ -58,8 +58,8 @@ class Launch(NamedTuple):
 
 
 def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
-    """Launch parameters of `walk`: "forward" ("states" where a final state is all that is made), "values" ("values in full"
-    where every chunk is C tokens), or of the "gradients" that are no walk. All share one chunk.
+    """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), or of the "gradients"
+    that are no walk. All share one chunk.
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages),
     without stores of states: forward 0.389, 0.399, 0.282; values 0.414, 0.505, 0.467, in full 0.415, 0.480, 0.353. Tiles of 32
@@ -75,10 +75,10 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
         # Exact products take no tensor cores, and the tiles twice the memory.
         return Launch(chunk=32, tile=32 if largest <= 128 else 16, num_warps=4, num_stages=1)
     if largest > 128:
-        if walk in ("forward", "states"):
+        if walk == "forward":
             return Launch(chunk=64, tile=32, num_warps=4, num_stages=2)
         return Launch(chunk=64, tile=64, num_warps=8, num_stages=2)
-    if walk in ("forward", "states", "values in full"):
+    if walk in ("forward", "values in full"):
         return Launch(chunk=64, tile=64, num_warps=4, num_stages=3)
     return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 or walk == "gradients" else 1)
 
@@ -90,7 +90,7 @@ TABLE = LaunchTable(
         "tile": tile_choices(*((key_dim, value_dim) if walk == "gradients" else (value_dim, key_dim)), dtype),
         "num_warps": (4, 8),
         # At four the others do not fit a multiprocessor.
-        "num_stages": (1, 2, 3, 4) if walk in ("forward", "states") else (1, 2, 3),
+        "num_stages": (1, 2, 3, 4) if walk == "forward" else (1, 2, 3),
     },
 )
 """By the walk, the decay, K, V and the dtype. The chunk, whose matrices are kept for the backward pass, and, through
@@ -290,7 +290,7 @@ def _run_forward(
     borders: Tensor | None = None,
 ) -> None:
     borders = walk.splits.borders if borders is None else borders
-    grid, parameters = _launch("states" if output is None and wrong is None else "forward", walk, k, v)
+    grid, parameters = _launch("forward", walk, k, v)
     launch_kernel(
         forward_kernel,
         grid,

@@ -175,7 +175,7 @@ def arguments_of(
     if form.erase is Erase.DELTA:
         # The transitions of a split are walked with K columns.
         sizes = [(K, V), (K, K)]
-        walks = ("forward", "states", "values", "values in full", "gradients")
+        walks = ("forward", "values", "values in full", "gradients")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
         entries += [(gated_deltanet.SOLVE_TABLE, (decay, K, dtype))]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
