@@ -46,19 +46,19 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-WALK_TILE = 64
-"""Value channels of a program, of which a GPU is filled by two a multiprocessor, where long segments are cut."""
-
-
 def chunk_length(dtype: torch.dtype) -> int:
     """Tokens that are read and written at a time."""
     # Exact products take no tensor cores and twice the registers.
     return 32 if dtype == torch.float32 else 64
 
 
+def walk_name(*, overlap: bool, reverse: bool) -> str:
+    """Of a walk with an output: whether the decay gradient's part is made with it, and whether it goes back in time."""
+    return ("overlap" if overlap else "output") + (" backwards" if reverse else "")
+
+
 def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
-    """Launch parameters of `walk`: "output", or "overlap" where the decay gradient's part is made with it, of either
-    "backwards", or "states" alone.
+    """Launch parameters of `walk`: as `walk_name` says, or "states" alone.
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of a scan with 2, 3 and 4 stages). K = V =
     128, B8 T4096 H16, forwards: without a decay 0.203, 0.191, 0.181 (5 stages 0.183), with one a head 0.219, 0.205, 0.187
@@ -73,7 +73,7 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
     chunk = chunk_length(dtype)
     if dtype == torch.float32:
         return Launch(chunk, value_tile=32, num_warps=4, num_stages=1)
-    launch = Launch(chunk, value_tile=WALK_TILE, num_warps=4, num_stages=4)
+    launch = Launch(chunk, value_tile=64, num_warps=4, num_stages=4)
     if walk == "states":
         return launch._replace(value_tile=128 if value_dim > 64 else 64, num_stages=3)
     if max(key_dim, value_dim) <= 64:
@@ -159,10 +159,8 @@ def _scan(
     """
     num_tokens, _, key_dim = q.shape
     value_dim = v.shape[2]
-    made = (
-        "states" if output is None else f"{'output' if other is None else 'overlap'}{' backwards' if reverse else ''}"
-    )
-    launch = TABLE.pick(v.device, made, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
+    name = "states" if output is None else walk_name(overlap=other is not None, reverse=reverse)
+    launch = TABLE.pick(v.device, name, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
     value_tile = tile_of(value_dim, launch.value_tile, k.dtype)
     tiles = cdiv(value_dim, value_tile)
     overlap = None
@@ -270,8 +268,8 @@ def _joined(
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     """Tokens of a piece where long segments are split, from sizes alone."""
-    launch = choose_launch("output", DECAY_NAMES[0], k.shape[2], v.shape[2], v.dtype)
-    tiles = cdiv(v.shape[2], tile_of(v.shape[2], min(launch.value_tile, WALK_TILE), v.dtype))
+    launch = choose_launch("output", "none", k.shape[2], v.shape[2], v.dtype)
+    tiles = cdiv(v.shape[2], tile_of(v.shape[2], launch.value_tile, v.dtype))
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), launch.chunk)
 
 

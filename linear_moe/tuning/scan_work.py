@@ -79,21 +79,21 @@ class ScanWork:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
             return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel})]
         together = scalar_scan.writes_together(K, V, self.dtype)
-        overlap = "overlap" if self.form.decay is Decay.SCALAR else "output"
-        # Of o, dq, dk and dv, of which the last two may be another kernel's. What is walked as keys and values changes places.
-        ways = [("output", K, V), (overlap, V, K)]
+        with_decay = self.form.decay is Decay.SCALAR
+        # Whether an overlap is made, whether back in time, and what is walked as keys and values: of o, of dq, and of dk and dv
+        # where no other kernel makes them.
+        ways = [(False, False, K, V), (with_decay, False, V, K)]
         if not together:
-            ways += [("output backwards", V, K), (f"{overlap} backwards", K, V)]
+            ways += [(False, True, V, K), (with_decay, True, K, V)]
         scans = [
             Entry(
-                scalar_scan.TABLE, (walk, decay, keys, values, self.dtype), scalar_walks.scan_kernel,
-                {
-                    "K": keys, "V": values, "REVERSE": walk.endswith("backwards"),
-                    "OTHER_HEADS": self.heads if walk.startswith("overlap") else 0,
-                },
+                scalar_scan.TABLE,
+                (scalar_scan.walk_name(overlap=overlap, reverse=reverse), decay, keys, values, self.dtype),
+                scalar_walks.scan_kernel,
+                {"K": keys, "V": values, "REVERSE": reverse, "OTHER_HEADS": self.heads if overlap else 0},
             )
-            for walk, keys, values in dict.fromkeys(ways)
-        ]  # fmt: skip
+            for overlap, reverse, keys, values in dict.fromkeys(ways)
+        ]
         if not together:
             return scans
         return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]
