@@ -161,11 +161,42 @@ def rate_of(decay_ptr, head, DECAY: tl.constexpr, PRECISION: tl.constexpr):
     return rate
 
 
+@triton.constexpr_function
+def doublings(rows, threads):
+    """How often rows must be doubled to be as many as threads."""
+    return max((threads // rows).bit_length() - 1, 0)
+
+
 @triton.jit
-def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY: tl.constexpr):
+def load_numbers(ptr, at, valid, THREADS: tl.constexpr):
+    """A number of every row, 0 where it is not valid (None: all are).
+
+    Of fewer numbers than a program has THREADS the compiler thinks that they cost nothing, and has every thread load what it
+    needs, anew for every layout in which they are wanted: some thirty copies of four bytes a thread and chunk. So each number is
+    asked for as often as it takes to be as many; then it is copied once, and read from there. 0 leaves that out.
+    """
+    LEVELS: tl.constexpr = doublings(at.shape[0], THREADS)
+    COPIES: tl.constexpr = 2**LEVELS
+    if COPIES > 1:
+        at = tl.reshape(tl.broadcast_to(at[:, None], (at.shape[0], COPIES)), (at.shape[0] * COPIES,))
+        if valid is not None:
+            valid = tl.reshape(tl.broadcast_to(valid[:, None], (valid.shape[0], COPIES)), (valid.shape[0] * COPIES,))
+    if valid is None:
+        numbers = tl.load(ptr + at)
+    else:
+        numbers = tl.load(ptr + at, mask=valid, other=0.0)
+    for _ in tl.static_range(LEVELS):
+        numbers, _other = tl.split(tl.reshape(numbers, (numbers.shape[0] // 2, 2)))
+    return numbers
+
+
+@triton.jit
+def summed_decays(
+    decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY: tl.constexpr, THREADS: tl.constexpr = 0
+):
     """Sums of the log decays, to base 2, up to each row of a chunk, and over its `num_rows` rows.
 
-    `decay_ptr` holds them as `chunk_sums` makes them; a constant decay a head is `rate` a row.
+    `decay_ptr` holds them as `chunk_sums` makes them; a constant decay a head is `rate` a row. THREADS as in `load_numbers`.
     """
     if DECAY == HEAD_DECAY:
         summed = rate * (rows + 1)
@@ -173,7 +204,7 @@ def summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECA
     else:
         base = decay_ptr + head.to(tl.int64) * num_tokens + first
         # Rows past the last keep its sum: their decays must not overflow.
-        summed = tl.load(base + tl.minimum(rows, num_rows - 1))
+        summed = load_numbers(base, tl.minimum(rows, num_rows - 1), None, THREADS)
         total = tl.load(base + (num_rows - 1))
     return summed, total
 

@@ -28,6 +28,7 @@ from linear_moe.kernels.blocks import (
     decay_where,
     folded_offsets,
     load_columns,
+    load_numbers,
     load_rows,
     part_of,
     piece_of,
@@ -244,6 +245,7 @@ def forward_kernel(
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     TRANSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -275,7 +277,7 @@ def forward_kernel(
         valid = rows < num_rows
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
         erasure = load_rows(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
+        beta = load_numbers(beta_ptr + head.to(tl.int64) * num_tokens + first, rows, valid, THREADS)[:, None]
         rounded = state.to(dtype)
         if states_ptr is not None:
             is_due = chunk * CHUNK % PIECE == 0
@@ -283,7 +285,7 @@ def forward_kernel(
                          K, V, CHUNK, PIECE)  # fmt: skip
         wrong = -tl.dot(k, rounded, input_precision=PRECISION)
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
+            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY, THREADS)
             from_start = decay_of(summed)[:, None]
             to_end = decay_between(total, summed)[:, None]
             wrong *= from_start
@@ -350,6 +352,7 @@ def values_kernel(
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone; without
@@ -388,7 +391,7 @@ def values_kernel(
         if reads_ptr is not None:
             later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
         later_erasure = load_columns(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + first + rows, mask=valid, other=0.0)[:, None]
+        beta = load_numbers(beta_ptr + head.to(tl.int64) * num_tokens + first, rows, valid, THREADS)[:, None]
         rounded = state.to(dtype)
         if states_ptr is not None:
             end = (chunk + 1) * CHUNK
@@ -398,7 +401,7 @@ def values_kernel(
         d_write = tl.dot(k, rounded, input_precision=PRECISION)
         read = do
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY)
+            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY, THREADS)
             from_start = decay_of(summed)[:, None]
             d_write *= decay_between(total, summed)[:, None]
             state *= decay_of(total)

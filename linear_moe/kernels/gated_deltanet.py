@@ -231,6 +231,7 @@ def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str
         "PIECE": walk.piece,
         "TILE": tile,
         "K_BLOCK": block_of(k.shape[2]),
+        "THREADS": 32 * launch.num_warps,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

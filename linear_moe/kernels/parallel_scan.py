@@ -120,6 +120,7 @@ def states_kernel(
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
     REVERSE: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A null pointer leaves its part out. `borders` are those of the walks, `first_piece` the piece each begins with."""
@@ -159,7 +160,7 @@ def states_kernel(
         if DECAY != NO_DECAY:
             piece_size = rows_left(size, chunk * CHUNK - in_piece, PIECE, IN_FULL)
             summed, total = summed_decays(
-                decay_ptr, rate, head, first - in_piece, in_piece + rows, piece_size, num_tokens, DECAY
+                decay_ptr, rate, head, first - in_piece, in_piece + rows, piece_size, num_tokens, DECAY, THREADS
             )
         if begins_piece:
             if states_ptr is not None:
@@ -271,6 +272,7 @@ def _run_states(
         DECAY=plan.pieces.kind,
         IN_FULL=plan.pieces.in_full,
         REVERSE=reverse,
+        THREADS=32 * launch.num_warps,
         PRECISION=precision_of(k.dtype),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

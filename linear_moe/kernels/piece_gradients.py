@@ -156,6 +156,7 @@ def scan_gradients_kernel(
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`read` and `written`: <dq, q> and <dv, v> without a token's own pair; null pointers leave them out."""
@@ -177,7 +178,7 @@ def scan_gradients_kernel(
         APART: tl.constexpr = read_ptr is not None
         dq, own = read_rows(
             do_ptr, v_ptr, k_ptr, states_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, 0, end, scale,
-            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, APART, PRECISION,
+            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, APART, THREADS, PRECISION,
         )  # fmt: skip
         if APART:
             own = _settled(own, read_ptr + at, valid)
@@ -191,14 +192,14 @@ def scan_gradients_kernel(
         dk, _ = read_rows(
             v_ptr, do_ptr, q_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
             size, scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, True, True,
-            False, PRECISION,
+            False, THREADS, PRECISION,
         )  # fmt: skip
         _finish(dk, None, None, None, dk_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
     if part == 2:
         dv, own = read_rows(
             k_ptr, q_ptr, do_ptr, ends_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, block * ROWS,
             size, scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE, DECAY, IN_FULL, True, False,
-            written_ptr is not None, PRECISION,
+            written_ptr is not None, THREADS, PRECISION,
         )  # fmt: skip
         if written_ptr is not None:
             own = _settled(own, written_ptr + at, valid)
@@ -240,6 +241,7 @@ def delta_writes_kernel(
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The write's part of dk, and each token's own pair, b <r, scale do>. `written`: <dk, k> without it; a null pointer without
@@ -264,11 +266,11 @@ def delta_writes_kernel(
     nothing = tl.zeros((ROWS,), tl.float32)
     dk, own = add_pairs(
         dk, nothing, wrong, row, summed, rate, do_ptr, q_ptr, decay_ptr, None, start, size, head, num_tokens, scale,
-        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, PRECISION,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, THREADS, PRECISION,
     )  # fmt: skip
     dk, _ = add_pairs(
         dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, minus,
-        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, PRECISION,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, THREADS, PRECISION,
     )  # fmt: skip
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
     dk *= beta[:, None]
@@ -314,6 +316,7 @@ def delta_reads_kernel(
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq, and the erase's part of dk, added to what `dk` holds. `read` and `erased`: <dq, q> and <dk, k> without a token's own
@@ -335,7 +338,7 @@ def delta_reads_kernel(
         dq, _ = read_rows(
             do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
             scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, True,
-            PRECISION,
+            THREADS, PRECISION,
         )  # fmt: skip
         own = tl.load(own_ptr + at, mask=valid, other=0.0)
         if DECAY != NO_DECAY:
@@ -350,7 +353,7 @@ def delta_reads_kernel(
         dk, _ = read_rows(
             dv_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
             minus, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, True,
-            PRECISION,
+            THREADS, PRECISION,
         )  # fmt: skip
         once = tl.full((ROWS,), 1.0, tl.float32)
         if DECAY != NO_DECAY:

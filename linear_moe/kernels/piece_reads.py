@@ -26,6 +26,7 @@ from linear_moe.kernels.blocks import (
     decay_between,
     decay_of,
     decay_where,
+    load_numbers,
     load_rows,
     piece_of,
     precision_of,
@@ -128,7 +129,7 @@ def add_pairs(
     o, own, a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head, num_tokens, factor, begin, end,
     HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, IN_FULL: tl.constexpr,
-    REVERSE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, APART: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`o` with the pairs of columns `begin` to `end` added. APART: a token's own pair is not, but summed up in `own`."""
     keys = tl.arange(0, K_BLOCK)
@@ -143,7 +144,7 @@ def add_pairs(
         c = load_rows(c_ptr, start + first, c_head, C_HEADS, V, each, values, there)
         products = factor * tl.dot(a, tl.trans(b), input_precision=PRECISION)
         if weight_ptr is not None:
-            weights = tl.load(weight_ptr + head.to(tl.int64) * num_tokens + start + column, mask=there, other=0.0)
+            weights = load_numbers(weight_ptr + head.to(tl.int64) * num_tokens + start, column, there, THREADS)
             products *= weights[None, :]
         seen = row[:, None] <= column[None, :] if REVERSE else row[:, None] >= column[None, :]
         if APART:
@@ -153,7 +154,7 @@ def add_pairs(
         if DECAY == NO_DECAY:
             products = tl.where(seen, products, 0.0)
         else:
-            others, _ = summed_decays(decay_ptr, rate, head, start, column, size, num_tokens, DECAY)
+            others, _ = summed_decays(decay_ptr, rate, head, start, column, size, num_tokens, DECAY, THREADS)
             if REVERSE:
                 products *= decay_where(seen, others[None, :], summed[:, None])
             else:
@@ -190,7 +191,7 @@ def read_rows(
     HEADS: tl.constexpr, A_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
     DECAY: tl.constexpr, IN_FULL: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED_STATE: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr,
+    THREADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The module's equation for some rows of a piece, from columns `begin` to `end`: o, and with APART what is left of it."""
     o, a, summed = begin_rows(
@@ -200,7 +201,7 @@ def read_rows(
     return add_pairs(
         o, tl.zeros((row.shape[0],), tl.float32), a, row, summed, rate, b_ptr, c_ptr, decay_ptr, weight_ptr, start, size, head,
         num_tokens, factor, begin, end, HEADS, B_HEADS, C_HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, DECAY, IN_FULL, REVERSE,
-        APART, PRECISION,
+        APART, THREADS, PRECISION,
     )  # fmt: skip
 
 
@@ -229,6 +230,7 @@ def reads_kernel(
     SLICE: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A null pointer leaves its part out."""
@@ -247,7 +249,7 @@ def reads_kernel(
     o, _ = read_rows(
         q_ptr, k_ptr, v_ptr, states_ptr, decay_ptr, weight_ptr, start, size, piece, head, row, rate, num_tokens, 0,
         tl.minimum((block + 1) * ROWS, size), scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE,
-        DECAY, IN_FULL, False, False, False, PRECISION,
+        DECAY, IN_FULL, False, False, False, THREADS, PRECISION,
     )  # fmt: skip
     store_rows(o_ptr, o, start, head, HEADS, V, row, tl.arange(0, V_BLOCK), row < size)
 
@@ -280,6 +282,7 @@ class Pieces(NamedTuple):
             "SLICE": launch.slice,
             "DECAY": self.kind,
             "IN_FULL": self.in_full,
+            "THREADS": 32 * launch.num_warps,
             "PRECISION": precision_of(k.dtype),
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,

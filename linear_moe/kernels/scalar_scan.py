@@ -200,6 +200,7 @@ def _scan(
         IN_FULL=walk.in_full,
         REVERSE=reverse,
         TRANSPOSED_STATE=transposed_state,
+        THREADS=32 * launch.num_warps,
         PRECISION=precision_of(k.dtype),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

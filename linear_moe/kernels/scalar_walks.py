@@ -70,6 +70,7 @@ def scan_kernel(
     IN_FULL: tl.constexpr,
     REVERSE: tl.constexpr,
     TRANSPOSED_STATE: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A null pointer leaves its part out: no output, no initial or final state, no overlap.
@@ -110,7 +111,7 @@ def scan_kernel(
         v = load_rows(v_ptr, first, v_head, V_HEADS, V, rows, values, valid)
         # `before` brings the chunk's incoming state to a row, `after` a row's write to the outgoing state.
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
+            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY, THREADS)
             if o_ptr is None:
                 left = summed if REVERSE else tl.minimum(total - summed, 0.0)
                 after = decay_of(left + reach)
