@@ -125,17 +125,17 @@ def scan_kernel(
             q = load_rows(q_ptr, first, q_head, Q_HEADS, K, rows, keys, valid)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-            if DECAY != NO_DECAY:
-                if REVERSE:
-                    products *= decay_between(summed[None, :], summed[:, None])
-                else:
-                    products *= decay_between(summed[:, None], summed[None, :])
+            if DECAY == NO_DECAY:
+                products = tl.where(seen, products, 0.0)
+            elif REVERSE:
+                products *= decay_where(seen, summed[None, :], summed[:, None])
+            else:
+                products *= decay_where(seen, summed[:, None], summed[None, :])
             if overlap_ptr is not None:
                 # A token's own pair crosses nothing.
                 other = load_rows(other_ptr, first, head // (HEADS // OTHER_HEADS), OTHER_HEADS, V, rows, values, valid)
                 met = tl.dot(other, tl.trans(v), input_precision=PRECISION)
-                crosses = seen & (rows[:, None] != rows[None, :])
-                overlap = tl.sum(tl.where(crosses, products * met, 0.0), 1)
+                overlap = tl.sum(tl.where(rows[:, None] != rows[None, :], products * met, 0.0), 1)
             o = tl.dot(q, state.to(dtype), input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 o *= before[:, None]
@@ -143,8 +143,7 @@ def scan_kernel(
                 overlap += tl.sum(o * other.to(tl.float32), 1)
                 at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
                 tl.store(overlap_ptr + at, scale * overlap, mask=valid)
-            products = tl.where(seen, products, 0.0).to(dtype)
-            o = scale * tl.dot(products, v, acc=o, input_precision=PRECISION)
+            o = scale * tl.dot(products.to(dtype), v, acc=o, input_precision=PRECISION)
             store_rows(o_ptr, o, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             if o_ptr is not None:

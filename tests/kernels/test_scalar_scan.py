@@ -47,7 +47,14 @@ CHUNKS = "ragged.pieces(v.shape[0], chunk"
 BUGS = {
     "a mask dropped": (WHOLE, Bug(scalar_walks, SCANNED, SCANNED.replace("num_rows", "num_rows + 2"))),
     "a mask of writes dropped": (WHOLE, Bug(scalar_walks, WRITTEN, WRITTEN.replace("num_rows", "num_rows + 2"))),
-    "a causal mask dropped": (WHOLE, Bug(scalar_walks, "tl.where(seen, products, 0.0)", "products")),
+    "a causal mask dropped": (
+        WHOLE,
+        Bug(scalar_walks, "decay_where(seen, summed[:, None]", "decay_between(summed[:, None]"),
+    ),
+    "a causal mask without a decay dropped": (
+        replace(WHOLE, form=Recurrence()),
+        Bug(scalar_walks, "tl.where(seen, products, 0.0)", "products"),
+    ),
     "key heads taken in turn": (HEADS, Bug(scalar_walks, "head // (HEADS // K_HEADS)", "head % K_HEADS", count=2)),
     "query heads taken in turn": (HEADS, Bug(scalar_walks, "head // (HEADS // Q_HEADS)", "head % Q_HEADS")),
     "a token's strides swapped": (HEADS, Bug(blocks, "(first * HEADS + head)", "(first + head * HEADS)", count=3)),
@@ -62,8 +69,8 @@ BUGS = {
         WHOLE,
         Bug(
             scalar_walks,
-            "decay_where(seen, summed[None, :], summed[:, None])",
-            "decay_between(summed[None, :], summed[:, None])",
+            "pairs = decay_where(seen, summed[None, :], summed[:, None])",
+            "pairs = decay_between(summed[None, :], summed[:, None])",
         ),
     ),
     "pairs of a key's gradient do not fade": (WHOLE, Bug(scalar_walks, "wanted *= pairs", "wanted *= 1.0")),
@@ -85,7 +92,7 @@ BUGS = {
     "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.load", "tl.load")),
     "a token's own pair in what it reads": (
         WHOLE,
-        Bug(scalar_walks, "seen & (rows[:, None] != rows[None, :])", "seen"),
+        Bug(scalar_walks, "tl.where(rows[:, None] != rows[None, :], products * met, 0.0)", "products * met"),
     ),
     "a token's own pair in what it writes": (
         WHOLE,
