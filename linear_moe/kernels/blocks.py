@@ -135,6 +135,31 @@ def state_offsets(piece, head, HEADS: tl.constexpr, rows, columns, ROWS: tl.cons
 
 
 @triton.jit
+def load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS: tl.constexpr, rows, columns,
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
+    """The state `[rows, columns]` that the walk of a piece starts from, of those in `linear_moe.kernels.join.Starts`."""
+    inside = (columns < COLUMNS)[None, :]
+    at = state_offsets(piece, head, HEADS, rows, columns, ROWS, COLUMNS, TRANSPOSED)
+    if joined_ptr is None:
+        if initial_ptr is None:
+            state = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+        else:
+            state = tl.load(initial_ptr + at, mask=(rows < ROWS)[:, None] & inside, other=0.0)
+    else:
+        segment = tl.load(owner_ptr + piece)
+        last = tl.load(first_ptr + segment + 1) - 1
+        outermost = last if REVERSE else tl.load(first_ptr + segment)
+        # All rows of one or the other; of neither where the piece, past the last, is of no segment.
+        joined = tl.where((piece != outermost) & (piece <= last), ROWS, 0)
+        state = tl.load(joined_ptr + at, mask=(rows < joined)[:, None] & inside, other=0.0)
+        if initial_ptr is not None:
+            given = tl.where(piece == outermost, ROWS, 0)
+            at = state_offsets(segment, head, HEADS, rows, columns, ROWS, COLUMNS, TRANSPOSED)
+            state += tl.load(initial_ptr + at, mask=(rows < given)[:, None] & inside, other=0.0)
+    return state
+
+
+@triton.jit
 def folded_offsets(chunk, head, blocks_apart, HEADS: tl.constexpr, keys, values, K: tl.constexpr, BLOCK: tl.constexpr):
     """Where the state of one (chunk, head) lies in what `new_folded_states` makes: `[keys, values]` int64."""
     WIDTH: tl.constexpr = (K + BLOCK - 1) // BLOCK * BLOCK
@@ -171,9 +196,9 @@ def doublings(rows, threads):
 def load_numbers(ptr, at, valid, THREADS: tl.constexpr):
     """A number of every row, 0 where it is not valid (None: all are).
 
-    Of fewer numbers than a program has THREADS the compiler thinks that they cost nothing, and has every thread load what it
-    needs, anew for every layout in which they are wanted: some thirty copies of four bytes a thread and chunk. So each number is
-    asked for as often as it takes to be as many; then it is copied once, and read from there. 0 leaves that out.
+    Of fewer numbers than a program has THREADS the compiler thinks that they cost nothing, and has every thread load what
+    it needs, anew for every layout in which they are wanted: some thirty copies of four bytes a thread and chunk. So each
+    number is asked for as often as it takes to be as many; then it is copied once, and read from there. 0 leaves that out.
     """
     LEVELS: tl.constexpr = doublings(at.shape[0], THREADS)
     COPIES: tl.constexpr = 2**LEVELS

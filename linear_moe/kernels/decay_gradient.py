@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import piece_of
+from linear_moe.kernels.blocks import load_start, piece_of, state_offsets
+from linear_moe.kernels.join import FROM_ZEROS, Starts
 from linear_moe.kernels.launch import launch_kernel
 
 CUMSUM_BLOCK = 1024
@@ -23,12 +24,17 @@ CUMSUM_BLOCK = 1024
 def _decay_gradient_kernel(
     read_ptr,
     written_ptr,
-    start_ptr,
+    initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
+    ends_ptr,
     gradient_ptr,
     borders_ptr,
     borders_stride,
     num_tokens,
     HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
     READ_TILES: tl.constexpr,
     WRITTEN_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -39,8 +45,17 @@ def _decay_gradient_kernel(
     start, size = piece_of(borders_ptr, borders_stride, piece)
     # In float64: over a long piece the sums are far larger than what they differ by.
     carry = tl.full((), 0.0, tl.float64)
-    if start_ptr is not None:
-        carry += tl.load(start_ptr + piece * HEADS + head).to(tl.float64)
+    if ends_ptr is not None:
+        # As states of one row.
+        one = tl.arange(0, 1)
+        for number in range(0, SIZE, BLOCK):
+            numbers = number + tl.arange(0, BLOCK)
+            state = load_start(
+                initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, one, numbers, 1, SIZE, False, False
+            )  # fmt: skip
+            at = state_offsets(piece, head, HEADS, one, numbers, 1, SIZE, False)
+            end = tl.load(ends_ptr + at, mask=(numbers < SIZE)[None, :], other=0.0)
+            carry += tl.sum(tl.sum(state.to(tl.float64) * end, 1), 0)
     for step in range(tl.cdiv(size, BLOCK)):
         row = step * BLOCK + tl.arange(0, BLOCK)
         valid = row < size
@@ -55,13 +70,16 @@ def _decay_gradient_kernel(
         carry += tl.sum(amount, 0)
 
 
-def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borders: Tensor, *, dense: bool) -> Tensor:
+def decay_gradient(
+    read: Tensor, written: Tensor, starts: Starts, ends: Tensor | None, borders: Tensor, *, dense: bool
+) -> Tensor:
     """The gradient of the log decays `[S, H]` float32; 0 for tokens in no piece.
 
     Args:
         read: `[tiles, H, S]` float32, to be summed over tiles: <q, dq> without a token's own pair, and what an erase reads.
         written: `[tiles, H, S]` float32: the same of what a token wrote, <v, dv> or <k, dk>.
-        at_start: `[P, H]` float32, <S_0, dS_0> at each piece's start, or None for zeros.
+        starts: S_0, the state that each piece starts from.
+        ends: `[P, H, K, V]` float32, dS_0, its gradient, or None where no piece starts from any.
         borders: `[P, 2]` int64.
         dense: whether the pieces cover every token.
     """
@@ -72,12 +90,14 @@ def decay_gradient(read: Tensor, written: Tensor, at_start: Tensor | None, borde
         borders.shape[0] * heads,
         read,
         written,
-        at_start,
+        *(FROM_ZEROS if ends is None else starts).arguments(),
+        ends,
         gradient,
         borders,
         borders.stride(0),
         num_tokens,
         HEADS=heads,
+        SIZE=1 if ends is None else ends.shape[2] * ends.shape[3],
         READ_TILES=read.shape[0],
         WRITTEN_TILES=written.shape[0],
         BLOCK=CUMSUM_BLOCK,

@@ -30,6 +30,7 @@ from linear_moe.kernels.blocks import (
     load_columns,
     load_numbers,
     load_rows,
+    load_start,
     part_of,
     piece_of,
     rows_left,
@@ -226,6 +227,9 @@ def forward_kernel(
     o_ptr,
     wrong_ptr,
     initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
     final_ptr,
     states_ptr,
     first_piece_ptr,
@@ -254,8 +258,8 @@ def forward_kernel(
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
     tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, NUM_TILES)
-    # A final state alone is for what comes after: of a piece that was emptied nothing does. Transitions are kept, all of them.
-    if (o_ptr is None) and (wrong_ptr is None) and not TRANSITION:
+    # A final state alone, or what the piece does to any, is for what comes after: of a piece that was emptied nothing does.
+    if (o_ptr is None) and (wrong_ptr is None):
         if size == 0:
             return
     k_head = head // (HEADS // K_HEADS)
@@ -267,10 +271,10 @@ def forward_kernel(
     in_state = (keys < K)[:, None] & (values < V)[None, :]
     if TRANSITION:
         state = (keys[:, None] == values[None, :]).to(tl.float32)
-    elif initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
     else:
-        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+        state = load_start(
+            initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, False
+        )
     for chunk in range(tl.cdiv(size, CHUNK)):
         first = start + chunk * CHUNK
         num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
@@ -333,6 +337,9 @@ def values_kernel(
     dv_ptr,
     dbeta_ptr,
     initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
     final_ptr,
     states_ptr,
     first_piece_ptr,
@@ -372,10 +379,10 @@ def values_kernel(
     dtype = k_ptr.dtype.element_ty
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
-    else:
-        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    state = (
+        load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True)
+        / scale
+    )
     num_chunks = tl.cdiv(size, CHUNK)
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step

@@ -39,7 +39,7 @@ from linear_moe.kernels.delta_walks import (
     solve_kernel,
     values_kernel,
 )
-from linear_moe.kernels.join import join_affine
+from linear_moe.kernels.join import FROM_ZEROS, Starts, join_affine
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_gradients import ScanOverlaps, delta_gradients
@@ -284,7 +284,7 @@ def _run_forward(
     scale: float = 1.0,
     output: Tensor | None = None,
     wrong: Tensor | None = None,
-    starts: Tensor | None = None,
+    starts: Starts = FROM_ZEROS,
     final: Tensor | None = None,
     states: Tensor | None = None,
     transition: bool = False,
@@ -304,7 +304,7 @@ def _run_forward(
         solved.reads,
         output,
         wrong,
-        starts,
+        *starts.arguments(),
         final,
         states,
         walk.first_pieces,
@@ -326,8 +326,8 @@ class Kept(NamedTuple):
     wrong: Tensor
     """r `[S, H, V]` in the dtype of v."""
     solved: Solved
-    starts: Tensor | None
-    """`[P, H, K, V]` float32, the state each split starts from, where segments were split and walks read."""
+    joined: Tensor | None
+    """`[P, H, K, V]` float32, the states that splits start from but a segment's first, where some are cut and walks read."""
     transitions: Tensor | None
     """`[P, H, K, K]` float32, what each split does to a state, where segments were split."""
     states: Tensor
@@ -364,7 +364,7 @@ def forward(
     solved = _solve(q, k, v, walk, erasure=True, reads=keeps_reads(k, v))
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
-    starts, transitions = initial_state, None
+    joined, transitions = None, None
     if splits.cut:
         transitions = torch.empty(splits.num_pieces, heads, key_dim, key_dim, dtype=torch.float32, device=k.device)
         # Only the width of the values matters here: K columns of I.
@@ -373,7 +373,8 @@ def forward(
         increments = new_states(splits.num_pieces, k, v)
         _run_forward(walk, solved, q, k, v, final=increments, borders=splits.leading)
         exact = k.dtype == torch.float32
-        starts, _ = join_affine(increments, transitions, initial_state, splits, want_final=False, exact=exact)
+        joined, _ = join_affine(increments, transitions, initial_state, splits, want_final=False, exact=exact)
+    starts = Starts(initial_state, joined, splits)
     piece_ends = new_states(splits.num_pieces, k, v) if want_final else None
     output = torch.empty_like(v)
     if walk.pieces is None:
@@ -403,7 +404,7 @@ def forward(
     if keep:
         assert wrong is not None
         assert states is not None
-        kept = Kept(wrong, solved, starts if splits.cut and walk.pieces is None else None, transitions, states)
+        kept = Kept(wrong, solved, joined if walk.pieces is None else None, transitions, states)
     return Forward(output, None if piece_ends is None else splits.ends(piece_ends), kept)
 
 
@@ -438,7 +439,7 @@ def backward(
     num_tokens, heads, value_dim = v.shape
     splits = walk.splits
     constants = walk.constants(k, v)
-    starts = kept.starts if splits.cut else initial_state
+    starts = Starts(initial_state, kept.joined, splits)
     grid, parameters = _launch("values", walk, k, v)
     reads = kept.solved.reads
     if walk.pieces is not None:
@@ -452,30 +453,30 @@ def backward(
     def run_values(
         reads: Tensor | None,
         output: Tensor | None,
-        start: Tensor | None,
+        start: Starts,
         final: Tensor | None,
         borders: Tensor,
         states: Tensor | None = None,
     ) -> None:
         launch_kernel(
             values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, reads,
-            output, d_beta, start, final, states, walk.first_pieces, borders, borders.stride(0),
+            output, d_beta, *start.arguments(), final, states, walk.first_pieces, borders, borders.stride(0),
             0 if states is None else states.stride(0), walk.splits.order, num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 
-    reverse_starts = d_final
+    reverse_joined = None
     if splits.cut:
         assert kept.transitions is not None and splits.trailing is not None
         increments = new_states(splits.num_pieces, k, v)
-        run_values(reads, None, None, increments, splits.trailing)
+        run_values(reads, None, FROM_ZEROS, increments, splits.trailing)
         exact = k.dtype == torch.float32
-        reverse_starts, _ = join_affine(
+        reverse_joined, _ = join_affine(
             increments, kept.transitions.mT, d_final, splits, reverse=True, want_final=False, exact=exact
         )
-    wants_ends = starts is not None or initial_state is not None
+    wants_ends = initial_state is not None or kept.joined is not None
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
     ends = [new_stored_states(k, v, walk.cuts.num_pieces)]
-    run_values(reads, dv, reverse_starts, piece_ends, splits.borders, *ends)
+    run_values(reads, dv, Starts(d_final, reverse_joined, splits), piece_ends, splits.borders, *ends)
     # Its memory is free for what comes next.
     del reads
     d_initial = None
@@ -493,17 +494,13 @@ def backward(
         dq, dk, crossing = delta_gradients(
             walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dtype, scale=scale
         )
-        borders, before, after = whole(ragged.cu_seqlens).borders, initial_state, d_initial
+        borders, before, after = whole(ragged.cu_seqlens).borders, Starts(initial_state), d_initial
     if not ragged.dense:
         for gradient in (dq, dk, dv):
             zero_uncovered(gradient, ragged.cu_seqlens)
     d_decay = None
     if crossing is not None:
-        at_start = None
-        if before is not None:
-            assert after is not None
-            at_start = torch.linalg.vecdot(before.flatten(2), after.flatten(2))
-        d_decay = decay_gradient(crossing.read, crossing.written, at_start, borders, dense=ragged.dense)
+        d_decay = decay_gradient(crossing.read, crossing.written, before, after, borders, dense=ragged.dense)
     if shared:
         dq, dk = (sum_heads(x, k) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_beta.squeeze(0) if tiles == 1 else d_beta.sum(0), d_initial)

@@ -26,7 +26,7 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.gla_walks import gradients_kernel, prepare_kernel, walk_kernel
-from linear_moe.kernels.join import join
+from linear_moe.kernels.join import FROM_ZEROS, Starts, join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward
@@ -181,7 +181,7 @@ def _walk(
     prepared: _Prepared,
     splits: Splits,
     *,
-    starts: Tensor | None,
+    starts: Starts,
     reads: Tensor | None = None,
     output: Tensor | None = None,
     states: Tensor | None = None,
@@ -206,7 +206,7 @@ def _walk(
         prepared.first_chunks,
         output,
         states,
-        starts,
+        *starts.arguments(),
         final,
         piece_totals,
         borders,
@@ -238,12 +238,12 @@ def _joined(
     *,
     reverse: bool = False,
 ) -> Tensor:
-    """The state that each piece starts from: each piece alone, then the join."""
+    """The states that pieces start from, but for the outermost: each piece alone, then the join."""
     shape = (splits.num_pieces, v.shape[1], writes.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=v.device)
     totals = torch.zeros(shape[:3], dtype=torch.float32, device=v.device)
     _walk(
-        writes, v, prepared, splits, starts=None, final=increments, piece_totals=totals, reverse=reverse,
+        writes, v, prepared, splits, starts=FROM_ZEROS, final=increments, piece_totals=totals, reverse=reverse,
         borders=splits.trailing if reverse else splits.leading,
     )  # fmt: skip
     return join(increments, totals, initial_state, splits, reverse=reverse, want_final=False)[0]
@@ -275,21 +275,21 @@ def forward(
     """The recurrence along ragged segments; arguments as the library op's."""
     splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged)
-    starts = initial_state
+    joined = None
     if splits.cut:
-        starts = _joined(prepared.writes, v, prepared, splits, initial_state)
+        joined = _joined(prepared.writes, v, prepared, splits, initial_state)
     piece_ends = None
     if want_final:
         piece_ends = new_states(splits.num_pieces, k, v)
     output = torch.empty_like(v)
     _walk(
-        prepared.writes, v, prepared, splits, starts=starts, reads=prepared.reads, output=output, scale=scale,
-        final=piece_ends,
+        prepared.writes, v, prepared, splits, starts=Starts(initial_state, joined, splits), reads=prepared.reads,
+        output=output, scale=scale, final=piece_ends,
     )  # fmt: skip
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else splits.ends(piece_ends)
-    return Forward(output, final, starts if splits.cut else None, prepared.products)
+    return Forward(output, final, joined, prepared.products)
 
 
 def backward(
@@ -300,22 +300,22 @@ def backward(
     v: Tensor,
     log_decay: Tensor,
     initial_state: Tensor | None,
-    starts: Tensor | None,
+    joined: Tensor | None,
     products: Tensor,
     ragged: Ragged,
     *,
     scale: float,
 ) -> Backward:
-    """The gradients of `forward`; `starts` and `products` as it returned them."""
+    """The gradients of `forward`; `joined` and `products` as it returned them."""
     num_tokens, heads, value_dim = v.shape
     key_dim = k.shape[2]
     splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged, products)
-    reverse_starts = None if d_final is None else d_final / scale
+    unscaled = None if d_final is None else d_final / scale
+    reverse_joined = None
     if splits.cut:
-        reverse_starts = _joined(prepared.reads, d_output, prepared, splits, reverse_starts, reverse=True)
-    else:
-        starts = initial_state
+        reverse_joined = _joined(prepared.reads, d_output, prepared, splits, unscaled, reverse=True)
+    starts, reverse_starts = Starts(initial_state, joined, splits), Starts(unscaled, reverse_joined, splits)
     chunks = prepared.chunks
     states, d_states = (new_states(chunks.num_pieces, k, v, k.dtype) for _ in range(2))
     d_starts = None if initial_state is None else new_states(splits.num_pieces, k, v)

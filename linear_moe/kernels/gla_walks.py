@@ -34,6 +34,7 @@ from linear_moe.kernels.blocks import (
     decay_of,
     load_columns,
     load_rows,
+    load_start,
     piece_of,
     rows_left,
     state_offsets,
@@ -246,6 +247,9 @@ def walk_kernel(
     o_ptr,
     states_ptr,
     initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
     final_ptr,
     piece_totals_ptr,
     borders_ptr,
@@ -275,10 +279,9 @@ def walk_kernel(
     dtype = v_ptr.dtype.element_ty
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
-    else:
-        state = tl.zeros((K_BLOCK, TILE), tl.float32)
+    state = load_start(
+        initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, REVERSE
+    )
     if piece_totals_ptr is not None:
         all_decay = tl.zeros((K_BLOCK,), tl.float32)
     num_chunks = tl.cdiv(size, CHUNK)

@@ -7,6 +7,8 @@ a prefill, and parts of a sequence on several GPUs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,27 @@ JOIN_BLOCK = 1024
 AFFINE_TILE = 32
 MOST_DIRECT = 128
 """Keys of which the state, as it is in registers, is a product's right factor."""
+
+
+class Starts(NamedTuple):
+    """The states that the walks of pieces start from, float32; `linear_moe.kernels.blocks.load_start` reads them."""
+
+    initial: Tensor | None = None
+    """`[N, H, K, V]` of the outermost piece of each segment, its first, or its last backwards in time; None: zeros."""
+    joined: Tensor | None = None
+    """`[P, H, K, V]` of the other pieces, anything for those; None where all segments are whole."""
+    splits: Splits | None = None
+    """The pieces."""
+
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Of a kernel: the states, the segment of each piece and the first piece of each segment."""
+        if self.joined is None:
+            return self.initial, None, None, None
+        assert self.splits is not None
+        return self.initial, self.joined, self.splits.owner, self.splits.first
+
+
+FROM_ZEROS = Starts()
 
 
 @triton.jit
@@ -46,13 +69,15 @@ def _join_kernel(
     numbers = block * BLOCK + tl.arange(0, BLOCK)
     inside = numbers < SIZE
     at_segment = (segment * HEADS + head) * SIZE + numbers
+    first = tl.load(first_ptr + segment)
+    count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
+    passed = count - 1 if final_ptr is None else count
+    if passed == 0:
+        return
     if initial_ptr is not None:
         state = tl.load(initial_ptr + at_segment, mask=inside, other=0.0)
     else:
         state = tl.zeros((BLOCK,), tl.float32)
-    first = tl.load(first_ptr + segment)
-    count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
-    passed = count - 1 if final_ptr is None else count
     for step in range(passed):
         piece = first + (count - 1 - step if REVERSE else step)
         at = (piece * HEADS + head) * SIZE + numbers
@@ -67,11 +92,6 @@ def _join_kernel(
     else:
         last = first + (0 if REVERSE else count - 1)
         tl.store(starts_ptr + (last * HEADS + head) * SIZE + numbers, state, mask=inside)
-
-
-def _new_starts(increments: Tensor, splits: Splits) -> Tensor:
-    """Room for the state each piece starts from, 0 where a piece may be of no segment."""
-    return torch.empty_like(increments) if splits.all_owned else torch.zeros_like(increments)
 
 
 def join(
@@ -94,13 +114,13 @@ def join(
         want_final: without it the transition of the piece that a segment is left by is not looked at.
 
     Returns:
-        The state each piece starts from `[P, H, K, V]` (0 for a piece of no segment), and the one after each segment's last
-        `[N, H, K, V]`, if wanted, float32.
+        The state each piece starts from `[P, H, K, V]`, anything for a segment's outermost and for pieces of no segment; and
+        the one after each segment's last `[N, H, K, V]`, if wanted; float32.
     """
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
-    starts = _new_starts(increments, splits)
+    starts = torch.empty_like(increments)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     launch_kernel(
         _join_kernel,
@@ -148,13 +168,15 @@ def _join_affine_kernel(
     keys = tl.arange(0, K_BLOCK)
     inside = (keys < K)[:, None] & (values < V)[None, :]
     at = keys[:, None] * V + values[None, :]
+    first = tl.load(first_ptr + segment)
+    count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
+    passed = count - 1 if final_ptr is None else count
+    if passed == 0:
+        return
     if initial_ptr is not None:
         state = tl.load(initial_ptr + (segment * HEADS + head) * K * V + at, mask=inside, other=0.0)
     else:
         state = tl.zeros((K_BLOCK, TILE), tl.float32)
-    first = tl.load(first_ptr + segment)
-    count = (tl.load(first_ptr + segment + 1) - first).to(tl.int32)
-    passed = count - 1 if final_ptr is None else count
     for step in range(passed):
         piece = (first + (count - 1 - step if REVERSE else step)) * HEADS + head
         tl.store(starts_ptr + piece * K * V + at, state, mask=inside)
@@ -208,7 +230,7 @@ def join_affine(
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
-    starts = _new_starts(increments, splits)
+    starts = torch.empty_like(increments)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     block = block_of(K)
     # Exact products of more rows than that do not fit the registers, nor do others of more than a head's usual.

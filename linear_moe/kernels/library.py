@@ -274,7 +274,7 @@ def _delta(
         made = forward()
     kept: tuple[Tensor | None, ...] = (None,) * 6
     if made.kept is not None:
-        kept = (made.kept.wrong, *made.kept.solved, made.kept.starts, made.kept.transitions, made.kept.states)
+        kept = (made.kept.wrong, *made.kept.solved, made.kept.joined, made.kept.transitions, made.kept.states)
     wrong, erasure, reads, starts, transitions, states = (_or_empty(x, v) for x in kept)
     return made.output, _or_empty(made.final_state, v), wrong, erasure, reads, starts, transitions, states
 

@@ -30,6 +30,7 @@ from linear_moe.kernels.blocks import (
     decay_between,
     decay_of,
     load_rows,
+    load_start,
     new_states,
     num_processors,
     precision_of,
@@ -44,7 +45,7 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
-from linear_moe.kernels.join import join
+from linear_moe.kernels.join import FROM_ZEROS, Starts, join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_gradients import scan_gradients
@@ -101,6 +102,9 @@ def states_kernel(
     decay_ptr,
     states_ptr,
     initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
     final_ptr,
     total_ptr,
     first_piece_ptr,
@@ -139,10 +143,9 @@ def states_kernel(
     dtype = k_ptr.dtype.element_ty
     in_state = (keys < K)[:, None] & (values < V)[None, :]
     state_at = state_offsets(walk, head, HEADS, keys, values, K, V, False)
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)
-    else:
-        state = tl.zeros((K_TILE, V_TILE), tl.float32)
+    state = load_start(
+        initial_ptr, joined_ptr, owner_ptr, first_ptr, walk, head, HEADS, keys, values, K, V, False, REVERSE
+    )
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     if total_ptr is not None:
         all_decay = 0.0
@@ -233,7 +236,7 @@ def _run_states(
     k: Tensor,
     v: Tensor,
     *,
-    starts: Tensor | None,
+    starts: Starts,
     states: Tensor | None = None,
     final: Tensor | None = None,
     totals: Tensor | None = None,
@@ -252,7 +255,7 @@ def _run_states(
         v,
         plan.pieces.decays,
         states,
-        starts,
+        *starts.arguments(),
         final,
         totals,
         plan.first_pieces,
@@ -290,17 +293,18 @@ def _states(
 ) -> tuple[Tensor, Tensor | None]:
     """The state before each piece `[P, H, K, V]` in the dtype of k (in reverse: after it); each segment's last, if wanted."""
     walks = plan.walks
-    starts = initial_state
+    joined = None
     if walks.cut:
         increments = new_states(walks.num_pieces, k, v)
         totals = torch.empty(walks.num_pieces, plan.pieces.heads, dtype=torch.float32, device=k.device)
         _run_states(
-            plan, k, v, starts=None, final=increments, totals=totals, reverse=reverse,
+            plan, k, v, starts=FROM_ZEROS, final=increments, totals=totals, reverse=reverse,
             borders=walks.trailing if reverse else walks.leading,
         )  # fmt: skip
-        starts, _ = join(increments, totals, initial_state, walks, reverse=reverse, want_final=False)
+        joined, _ = join(increments, totals, initial_state, walks, reverse=reverse, want_final=False)
     states = new_states(plan.pieces.splits.num_pieces, k, v, k.dtype)
     ends = new_states(walks.num_pieces, k, v) if final else None
+    starts = Starts(initial_state, joined, walks)
     _run_states(plan, k, v, starts=starts, states=states, final=ends, reverse=reverse)
     return states, None if ends is None else walks.ends(ends, reverse=reverse)
 
@@ -362,11 +366,8 @@ def backward(
         d_initial = scale * d_initial
     d_decay = None
     if overlaps is not None:
-        at_start = None
-        if initial_state is not None:
-            assert d_initial is not None
-            at_start = torch.linalg.vecdot(initial_state.flatten(2), d_initial.flatten(2))
-        d_decay = decay_gradient(*overlaps, at_start, whole(ragged.cu_seqlens).borders, dense=ragged.dense)
+        borders = whole(ragged.cu_seqlens).borders
+        d_decay = decay_gradient(*overlaps, Starts(initial_state), d_initial, borders, dense=ragged.dense)
     if shared:
         dq, dk = (sum_heads(x, q) for x in (dq, dk))
     return Backward(dq, dk, dv, d_decay, d_initial)

@@ -178,7 +178,8 @@ def scan_gradients_kernel(
         APART: tl.constexpr = read_ptr is not None
         dq, own = read_rows(
             do_ptr, v_ptr, k_ptr, states_ptr, decay_ptr, None, start, size, piece, head, row, rate, num_tokens, 0, end, scale,
-            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, APART, THREADS, PRECISION,
+            HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, APART, THREADS,
+            PRECISION,
         )  # fmt: skip
         if APART:
             own = _settled(own, read_ptr + at, valid)
@@ -266,11 +267,13 @@ def delta_writes_kernel(
     nothing = tl.zeros((ROWS,), tl.float32)
     dk, own = add_pairs(
         dk, nothing, wrong, row, summed, rate, do_ptr, q_ptr, decay_ptr, None, start, size, head, num_tokens, scale,
-        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, THREADS, PRECISION,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, THREADS,
+        PRECISION,
     )  # fmt: skip
     dk, _ = add_pairs(
         dk, nothing, wrong, row, summed, rate, dv_ptr, k_ptr, decay_ptr, None, start, size, head, num_tokens, minus,
-        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, THREADS, PRECISION,
+        block * ROWS, size, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, DECAY, IN_FULL, True, True, THREADS,
+        PRECISION,
     )  # fmt: skip
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
     dk *= beta[:, None]

@@ -29,7 +29,7 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
-from linear_moe.kernels.join import join
+from linear_moe.kernels.join import FROM_ZEROS, Starts, join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward, Forward
@@ -139,7 +139,7 @@ def _scan(
     k: Tensor,
     v: Tensor,
     *,
-    starts: Tensor | None,
+    starts: Starts,
     output: Tensor | None = None,
     scale: float = 1.0,
     state_scale: float = 1.0,
@@ -175,7 +175,7 @@ def _scan(
         v,
         walk.decays,
         output,
-        starts,
+        *starts.arguments(),
         final,
         totals,
         overlap,
@@ -209,7 +209,7 @@ def _scan(
 
 
 def _writes(
-    walk: _Walk, q: Tensor, k: Tensor, v: Tensor, d_output: Tensor, dk: Tensor, dv: Tensor, starts: Tensor | None,
+    walk: _Walk, q: Tensor, k: Tensor, v: Tensor, d_output: Tensor, dk: Tensor, dv: Tensor, starts: Starts,
     final: Tensor | None, *, scale: float, want_decay: bool,
 ) -> Tensor | None:  # fmt: skip
     """Fill `dk`, `dv` and, if given, `final`; returns `[1, H, S]` float32, <dv, v> without each token's own pair, if wanted."""
@@ -229,7 +229,7 @@ def _writes(
         walk.decays,
         dk,
         dv,
-        starts,
+        *starts.arguments(),
         final,
         written,
         borders,
@@ -256,12 +256,12 @@ def _writes(
 def _joined(
     walk: _Walk, k: Tensor, v: Tensor, initial_state: Tensor | None, *, state_scale: float = 1.0, reverse: bool = False
 ) -> Tensor:
-    """The state that each piece starts from: each piece alone, then the join."""
+    """The states that pieces start from, but for the outermost: each piece alone, then the join."""
     shape = (walk.splits.num_pieces, walk.heads, k.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=k.device)
     totals = torch.empty(shape[:2], dtype=torch.float32, device=k.device)
     _scan(
-        walk, k, k, v, starts=None, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
+        walk, k, k, v, starts=FROM_ZEROS, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
         borders=walk.splits.trailing if reverse else walk.splits.leading,
     )  # fmt: skip
     return join(increments, totals, initial_state, walk.splits, reverse=reverse, want_final=False)[0]
@@ -299,16 +299,17 @@ def forward(
 ) -> Forward:
     """S_t = a_t S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t along ragged segments; arguments as the library op's."""
     walk = _walk_of(k, v, log_decay, decay, ragged)
-    starts = _joined(walk, k, v, initial_state) if walk.splits.cut else initial_state
+    joined = _joined(walk, k, v, initial_state) if walk.splits.cut else None
     piece_ends = None
     if want_final:
         piece_ends = new_states(walk.splits.num_pieces, k, v)
     output = torch.empty_like(v)
+    starts = Starts(initial_state, joined, walk.splits)
     _scan(walk, q, k, v, starts=starts, output=output, scale=scale, final=piece_ends)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else walk.splits.ends(piece_ends)
-    return Forward(output, final, starts if walk.splits.cut else None)
+    return Forward(output, final, joined)
 
 
 def backward(
@@ -319,27 +320,26 @@ def backward(
     v: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
-    starts: Tensor | None,
+    joined: Tensor | None,
     ragged: Ragged,
     *,
     decay: Decay,
     scale: float,
     want_decay: bool,
 ) -> Backward:
-    """The gradients of `forward`; `starts` as it returned them."""
+    """The gradients of `forward`; `joined` as it returned it."""
     walk = _walk_of(k, v, log_decay, decay, ragged)
-    reverse_starts = d_final
+    reverse_joined = None
     if walk.splits.cut:
-        reverse_starts = _joined(walk, q, d_output, d_final, state_scale=scale, reverse=True)
-    else:
-        starts = initial_state
+        reverse_joined = _joined(walk, q, d_output, d_final, state_scale=scale, reverse=True)
+    starts, reverse_starts = Starts(initial_state, joined, walk.splits), Starts(d_final, reverse_joined, walk.splits)
     # A key head's gradient is the sum over the value heads that share it, in float32.
     shared = q.shape[1] != v.shape[1]
     wide = (v.shape[0], v.shape[1], q.shape[2])
     dq, dk = (torch.empty(wide, dtype=torch.float32 if shared else q.dtype, device=q.device) for _ in range(2))
     dv = torch.empty_like(v)
     piece_ends = None
-    if (want_decay and starts is not None) or initial_state is not None:
+    if initial_state is not None or (want_decay and joined is not None):
         piece_ends = new_states(walk.splits.num_pieces, k, v)
     read = _scan(
         walk, d_output, v, k, starts=starts, output=dq, scale=scale, transposed_state=True,
@@ -364,11 +364,7 @@ def backward(
     d_decay = None
     if want_decay:
         assert read is not None and written is not None
-        at_start = None
-        if starts is not None:
-            assert piece_ends is not None
-            at_start = torch.linalg.vecdot(starts.flatten(2), piece_ends.flatten(2))
-        d_decay = decay_gradient(read, written, at_start, walk.splits.borders, dense=ragged.dense)
+        d_decay = decay_gradient(read, written, starts, piece_ends, walk.splits.borders, dense=ragged.dense)
     if shared:
         dq, dk = (sum_heads(x, q) for x in (dq, dk))
     d_initial = None

@@ -29,6 +29,7 @@ from linear_moe.kernels.blocks import (
     decay_of,
     decay_where,
     load_rows,
+    load_start,
     rate_of,
     rows_left,
     state_offsets,
@@ -46,6 +47,9 @@ def scan_kernel(
     decay_ptr,
     o_ptr,
     initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
     final_ptr,
     total_ptr,
     overlap_ptr,
@@ -91,13 +95,27 @@ def scan_kernel(
 
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, TRANSPOSED_STATE)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / state_scale
-    else:
-        state = tl.zeros((K_BLOCK, V_TILE), tl.float32)
+    state = (
+        load_start(
+            initial_ptr,
+            joined_ptr,
+            owner_ptr,
+            first_ptr,
+            piece,
+            head,
+            HEADS,
+            keys,
+            values,
+            K,
+            V,
+            TRANSPOSED_STATE,
+            REVERSE,
+        )
+        / state_scale
+    )
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     if o_ptr is None:
-        tl.static_assert(initial_ptr is None, "a state alone is of what a piece writes")
+        tl.static_assert((initial_ptr is None) and (joined_ptr is None), "a state alone is of what a piece writes")
         reach = tl.zeros((), tl.float64 if PRECISION == "ieee" else tl.float32)
     BACKWARDS: tl.constexpr = (o_ptr is None) != REVERSE
 
@@ -167,6 +185,9 @@ def writes_kernel(
     dk_ptr,
     dv_ptr,
     initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
     final_ptr,
     written_ptr,
     borders_ptr,
@@ -199,10 +220,10 @@ def writes_kernel(
     dtype = k_ptr.dtype.element_ty
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    if initial_ptr is not None:
-        state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0) / scale
-    else:
-        state = tl.zeros((K_BLOCK, V_BLOCK), tl.float32)
+    state = (
+        load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True)
+        / scale
+    )
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     seen = rows[:, None] <= rows[None, :]
     num_chunks = tl.cdiv(size, CHUNK)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import cdiv
+from linear_moe.kernels.blocks import block_of, cdiv
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.static_tensors import static
 
@@ -48,8 +48,6 @@ class Splits(NamedTuple):
     """A bound on the pieces of a segment."""
     order: Tensor | None = None
     """`[P]` int64: the pieces as they should be walked, the longest of uncut segments first. None: one after another."""
-    all_owned: bool = False
-    """Whether sizes say that every piece is a segment's."""
 
     @property
     def num_pieces(self) -> int:
@@ -73,9 +71,12 @@ class Splits(NamedTuple):
         first = pieces.first[:-1]
         if self.owner is None:
             return first
-        # Those past the last are empty, whatever piece they begin with.
-        into = (self.borders[:, 0] - ragged.cu_seqlens[self.owner]).clamp_min(0) // length
-        return (first[self.owner] + into).clamp_max(pieces.num_pieces - 1)
+        begins = torch.empty_like(self.owner)
+        launch_kernel(
+            _begins_kernel, cdiv(self.num_pieces, PIECES_BLOCK), self.borders, self.owner, first, ragged.cu_seqlens, begins,
+            self.num_pieces, pieces.num_pieces, length, BLOCK=PIECES_BLOCK,
+        )  # fmt: skip
+        return begins
 
 
 class Ragged(NamedTuple):
@@ -160,7 +161,7 @@ def _uniform_pieces(num_segments: int, segment_length: int, length: int, device:
     kept = (place + 1 < each, place > 0, (place >= 0) & (each > 1))
     leading, trailing, several = (torch.where(which[:, None], borders, 0) for which in kept)
     first = torch.arange(num_segments + 1, device=device) * each
-    return Splits(borders, first, owner, leading, trailing, several, each, all_owned=True)
+    return Splits(borders, first, owner, leading, trailing, several, each)
 
 
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
@@ -243,6 +244,19 @@ def _cut_kernel(
         tl.store(order_ptr + piece, piece, mask=exists & (piece >= num_segments))
 
 
+@triton.jit
+def _begins_kernel(
+    borders_ptr, owner_ptr, first_ptr, cu_seqlens_ptr, begins_ptr, num_pieces, num_smaller, length, BLOCK: tl.constexpr
+):
+    """The smaller piece, of `length` tokens, that each begins with; of those past the last, which are empty, any."""
+    piece = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = piece < num_pieces
+    owner = tl.load(owner_ptr + piece, mask=exists, other=0)
+    into = tl.load(borders_ptr + 2 * piece, mask=exists, other=0) - tl.load(cu_seqlens_ptr + owner)
+    begins = tl.load(first_ptr + owner) + tl.maximum(into, 0) // length
+    tl.store(begins_ptr + piece, tl.minimum(begins, num_smaller - 1), mask=exists)
+
+
 def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, whole: int = 0) -> Splits:
     """Segments cut into pieces of `length` tokens and a rest; none is cut if the longest has at most `whole` tokens."""
     num_segments = cu_seqlens.numel() - 1
@@ -250,9 +264,10 @@ def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, wh
     first, chosen, owner = (cu_seqlens.new_empty(size) for size in (num_segments + 1, 1, count))
     borders = cu_seqlens.new_empty(4, count, 2)
     order = torch.empty_like(owner) if whole and num_segments <= MOST_ORDERED else None
+    block = block_of(num_segments)
     launch_kernel(
-        _first_kernel, 1, cu_seqlens, first, chosen, order, num_segments, length, whole, BLOCK=SEGMENTS_BLOCK,
-        ORDERED=max(1 << (num_segments - 1).bit_length(), 16),
+        _first_kernel, 1, cu_seqlens, first, chosen, order, num_segments, length, whole, BLOCK=min(block, SEGMENTS_BLOCK),
+        ORDERED=block,
     )  # fmt: skip
     launch_kernel(
         _cut_kernel,

@@ -15,6 +15,7 @@ from torch import Tensor
 from linear_moe.kernels.blocks import chunk_sums, gates_by_head, sum_rows, zero_uncovered
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.delta_walks import unit_lower_inverse
+from linear_moe.kernels.join import FROM_ZEROS, Starts
 from linear_moe.kernels.splits import cut, whole
 from linear_moe.testing.budget import assert_within_budget
 
@@ -144,12 +145,13 @@ def test_the_decay_gradient_is_what_crosses_a_token(tiles: tuple[int, int], star
     lengths, heads, spare = [1500, 0, 3, 1025], 2, 4
     total, borders = sum(lengths) + spare, borders_of(lengths)
     read, written = (torch.randn(count, heads, total).to(DEVICE) for count in tiles)
-    at_start = torch.randn(len(lengths), heads).to(DEVICE) if started else None
-    gradient = decay_gradient(read, written, at_start, whole(borders).borders, dense=False).t()
+    starts, ends = torch.randn(2, len(lengths), heads, 40, 33).to(DEVICE)
+    start, end = (Starts(starts), ends) if started else (FROM_ZEROS, None)
+    gradient = decay_gradient(read, written, start, end, whole(borders).borders, dense=False).t()
     change = (written.double().sum(0) - read.double().sum(0)).split([*lengths, spare], 1)
-    starts = torch.zeros(len(lengths), heads, device=DEVICE) if at_start is None else at_start
+    at_start = started * (starts.double() * ends.double()).sum((2, 3))
     exact = torch.cat(
-        [start.double()[:, None] + part.cumsum(1) - part for start, part in zip(starts, change[:-1], strict=True)]
+        [start[:, None] + part.cumsum(1) - part for start, part in zip(at_start, change[:-1], strict=True)]
         + [torch.zeros_like(change[-1])],
         1,
     )

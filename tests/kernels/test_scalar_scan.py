@@ -80,6 +80,12 @@ BUGS = {
     "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "chunk = num_chunks - 1 - step\n", "chunk = step\n")),
     "a piece's writes fade by their chunk alone": (LONG, Bug(scalar_walks, "decay_of(left + reach)", "decay_of(left)")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
+    "a split's start forgotten": (CUT, Bug(blocks, "(piece != outermost) & (piece <= last)", "piece < 0")),
+    "a segment's start forgotten where it is cut": (
+        CUT,
+        Bug(blocks, "piece == outermost", "piece < 0"),
+    ),
+    "the outermost piece backwards as forwards": (CUT, Bug(blocks, "last if REVERSE else tl.load", "tl.load")),
     "a split's carry does not fade": (CUT, Bug(join, "tl.exp(total) * state", "state")),
     "splits joined backwards as forwards": (
         CUT,
@@ -89,7 +95,7 @@ BUGS = {
         WHOLE,
         Bug(decay_gradient, "tl.cumsum(amount, 0) - amount", "tl.cumsum(amount, 0)"),
     ),
-    "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.load", "tl.load")),
+    "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.sum(tl.sum", "tl.sum(tl.sum")),
     "a token's own pair in what it reads": (
         WHOLE,
         Bug(scalar_walks, "tl.where(rows[:, None] != rows[None, :], products * met, 0.0)", "products * met"),
