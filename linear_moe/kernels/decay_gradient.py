@@ -9,15 +9,19 @@ and is in neither sum: with a strong decay it is nearly all of them, and their d
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import load_start, piece_of, state_offsets
+from linear_moe.kernels.blocks import cdiv, load_start, num_processors, piece_of, state_offsets
 from linear_moe.kernels.join import FROM_ZEROS, Starts
 from linear_moe.kernels.launch import launch_kernel
 
-CUMSUM_BLOCK = 1024
+ROWS_BLOCK = 1024
+STATE_BLOCK = 4096
+MOST_HEADS = 4
+"""Of a program, where there are programs enough: what it writes of a token is then four numbers side by side."""
 
 
 @triton.jit
@@ -38,36 +42,49 @@ def _decay_gradient_kernel(
     READ_TILES: tl.constexpr,
     WRITTEN_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    STATE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
+    GROUPS: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     program = tl.program_id(0)
-    head = (program % HEADS).to(tl.int64)
-    piece = (program // HEADS).to(tl.int64)
+    each = tl.arange(0, GROUP)
+    heads = (program % GROUPS).to(tl.int64) * GROUP + each
+    piece = (program // GROUPS).to(tl.int64)
     start, size = piece_of(borders_ptr, borders_stride, piece)
     # In float64: over a long piece the sums are far larger than what they differ by.
-    carry = tl.full((), 0.0, tl.float64)
+    carry = tl.zeros((GROUP,), tl.float64)
     if ends_ptr is not None:
         # As states of one row.
         one = tl.arange(0, 1)
-        for number in range(0, SIZE, BLOCK):
-            numbers = number + tl.arange(0, BLOCK)
-            state = load_start(
-                initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, one, numbers, 1, SIZE, False, False
-            )  # fmt: skip
-            at = state_offsets(piece, head, HEADS, one, numbers, 1, SIZE, False)
-            end = tl.load(ends_ptr + at, mask=(numbers < SIZE)[None, :], other=0.0)
-            carry += tl.sum(tl.sum(state.to(tl.float64) * end, 1), 0)
+        for place in tl.static_range(GROUP):
+            head = tl.minimum((program % GROUPS) * GROUP + place, HEADS - 1)
+            for number in range(0, SIZE, STATE):
+                numbers = number + tl.arange(0, STATE)
+                state = load_start(
+                    initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, one, numbers, 1, SIZE, False, False
+                )  # fmt: skip
+                at = state_offsets(piece, head, HEADS, one, numbers, 1, SIZE, False)
+                end = tl.load(ends_ptr + at, mask=(numbers < SIZE)[None, :], other=0.0)
+                at_start = tl.sum(tl.sum(state.to(tl.float64) * end, 1), 0)
+                carry += tl.where(each == place, at_start, 0.0)
     for step in range(tl.cdiv(size, BLOCK)):
         row = step * BLOCK + tl.arange(0, BLOCK)
-        valid = row < size
-        token = start + row
-        amount = tl.zeros((BLOCK,), tl.float64)
+        valid = (row < size)[:, None] & (heads < HEADS)[None, :]
+        token = (start + row)[:, None]
+        amount = tl.zeros((BLOCK, GROUP), tl.float64)
         for tile in tl.static_range(WRITTEN_TILES):
-            amount += tl.load(written_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
+            amount += tl.load(written_ptr + (tile * HEADS + heads)[None, :] * num_tokens + token, mask=valid, other=0.0)
         for tile in tl.static_range(READ_TILES):
-            amount -= tl.load(read_ptr + (tile * HEADS + head) * num_tokens + token, mask=valid, other=0.0)
-        before = carry + tl.cumsum(amount, 0) - amount
-        tl.store(gradient_ptr + token * HEADS + head, before.to(tl.float32), mask=valid)
+            amount -= tl.load(read_ptr + (tile * HEADS + heads)[None, :] * num_tokens + token, mask=valid, other=0.0)
+        before = carry[None, :] + tl.cumsum(amount, 0) - amount
+        tl.store(gradient_ptr + token * HEADS + heads[None, :], before.to(tl.float32), mask=valid)
         carry += tl.sum(amount, 0)
+
+
+def _heads_together(num_pieces: int, heads: int, device: torch.device) -> int:
+    """Heads of a program."""
+    wanted = num_processors(device) // 2
+    return next((g for g in (MOST_HEADS, 2) if g <= heads and num_pieces * cdiv(heads, g) >= wanted), 1)
 
 
 def decay_gradient(
@@ -85,9 +102,10 @@ def decay_gradient(
     """
     _, heads, num_tokens = read.shape
     gradient = read.new_empty(num_tokens, heads) if dense else read.new_zeros(num_tokens, heads)
+    group = _heads_together(borders.shape[0], heads, read.device)
     launch_kernel(
         _decay_gradient_kernel,
-        borders.shape[0] * heads,
+        borders.shape[0] * cdiv(heads, group),
         read,
         written,
         *(FROM_ZEROS if ends is None else starts).arguments(),
@@ -100,6 +118,9 @@ def decay_gradient(
         SIZE=1 if ends is None else ends.shape[2] * ends.shape[3],
         READ_TILES=read.shape[0],
         WRITTEN_TILES=written.shape[0],
-        BLOCK=CUMSUM_BLOCK,
+        BLOCK=ROWS_BLOCK,
+        STATE=STATE_BLOCK,
+        GROUP=group,
+        num_warps=8 if group > 1 else 4,
     )
     return gradient

@@ -61,11 +61,11 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
     """Launch parameters of `walk`: as `walk_name` says, or "states" alone.
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of a scan with 2, 3 and 4 stages). K = V =
-    128, B8 T4096 H16, forwards: without a decay 0.203, 0.191, 0.181 (5 stages 0.183), with one a head 0.219, 0.205, 0.187
-    (0.193), a token 0.229, 0.225, 0.219; backwards without overlap 0.203, 0.192, 0.182; 0.216, 0.202, 0.187; 0.225, 0.233,
-    0.239. With overlap 0.321, 0.359, 0.370, and backwards 0.334, 0.355, 0.318, but where pieces start from a state, B1
-    T32768, 0.330, 0.379, 0.387. Value tile 128 on 8 warps with 3 stages forwards: 0.184, 0.209, 0.299. States alone, of 7
-    of 8 pieces at B1 T32768, 0.105, 0.094, 0.096 (a head); with value tile 128 and 3 stages 0.093.
+    128, B8 T4096 H16, forwards: without a decay 0.203, 0.191, 0.181 (5 stages 0.183), with one a head 0.219, 0.205, 0.182
+    (0.193), a token -, 0.214, 0.199 (0.205); backwards without overlap 0.203, 0.192, 0.182; 0.216, 0.202, 0.182; 0.218, 0.219,
+    0.226. With overlap 0.316, 0.342, 0.311, but where pieces start from a state, B1 T32768, 0.319, 0.346, 0.379; and backwards
+    0.302, 0.298, 0.343, and there 0.335, 0.291, 0.385. Value tile 128 on 8 warps with 3 stages forwards: 0.184, 0.209, 0.299.
+    States alone, of 7 of 8 pieces at B1 T32768, 0.105, 0.094, 0.096 (a head); with value tile 128 and 3 stages 0.093.
     K = V = 64, B32 T2048 H16, forwards with 2 to 5 stages: 0.215, 0.190, 0.191, 0.186 without a decay; 0.199, 0.190, 0.192,
     0.187; 0.210, 0.193, 0.196, 0.194. With overlap 0.314, 0.248, 0.238, 0.243.
     On an H200, forwards with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332.
@@ -80,7 +80,7 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
         if walk.startswith("output"):
             return launch._replace(num_stages=3 if decay == "scalar" else 5)
     elif decay == "scalar" and walk != "output":
-        return launch._replace(num_stages=2)
+        return launch._replace(num_stages=3 if walk.endswith("backwards") else 2)
     return launch
 
 

@@ -140,12 +140,15 @@ def test_nothing_to_set_to_0() -> None:
 
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("tiles", [(1, 1), (3, 2)])
-def test_the_decay_gradient_is_what_crosses_a_token(tiles: tuple[int, int], started: bool) -> None:
+@pytest.mark.parametrize(("heads", "more"), [(1, 0), (2, 0), (6, 40)])
+def test_the_decay_gradient_is_what_crosses_a_token(
+    heads: int, more: int, tiles: tuple[int, int], started: bool
+) -> None:
     """<S_0, dS_0>, plus what earlier tokens wrote for later ones less what they read, piece by piece."""
-    lengths, heads, spare = [1500, 0, 3, 1025], 2, 4
+    lengths, spare = [1500, 0, 3, 1025] + more * [2], 4
     total, borders = sum(lengths) + spare, borders_of(lengths)
     read, written = (torch.randn(count, heads, total).to(DEVICE) for count in tiles)
-    starts, ends = torch.randn(2, len(lengths), heads, 40, 33).to(DEVICE)
+    starts, ends = torch.randn(2, len(lengths), heads, 70, 66).to(DEVICE)
     start, end = (Starts(starts), ends) if started else (FROM_ZEROS, None)
     gradient = decay_gradient(read, written, start, end, whole(borders).borders, dense=False).t()
     change = (written.double().sum(0) - read.double().sum(0)).split([*lengths, spare], 1)

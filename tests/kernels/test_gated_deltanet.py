@@ -152,7 +152,10 @@ BUGS = {
         WHOLE,
         Bug(decay_gradient, "tl.cumsum(amount, 0) - amount", "tl.cumsum(amount, 0)"),
     ),
-    "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.sum(tl.sum", "tl.sum(tl.sum")),
+    "the decay's gradient without the start": (
+        WHOLE,
+        Bug(decay_gradient, "carry += tl.where(each == place", "tl.where(each == place"),
+    ),
 }
 
 

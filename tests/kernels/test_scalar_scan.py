@@ -95,7 +95,10 @@ BUGS = {
         WHOLE,
         Bug(decay_gradient, "tl.cumsum(amount, 0) - amount", "tl.cumsum(amount, 0)"),
     ),
-    "the decay's gradient without the start": (WHOLE, Bug(decay_gradient, "carry += tl.sum(tl.sum", "tl.sum(tl.sum")),
+    "the decay's gradient without the start": (
+        WHOLE,
+        Bug(decay_gradient, "carry += tl.where(each == place", "tl.where(each == place"),
+    ),
     "a token's own pair in what it reads": (
         WHOLE,
         Bug(scalar_walks, "tl.where(rows[:, None] != rows[None, :], products * met, 0.0)", "products * met"),
