@@ -366,9 +366,10 @@ def forward(
     splits = walk.splits
     joined, transitions = None, None
     if splits.cut:
-        transitions = torch.empty(splits.num_pieces, heads, key_dim, key_dim, dtype=torch.float32, device=k.device)
         # Only the width of the values matters here: K columns of I.
         columns = k.new_empty(1, 1, 1).expand(v.shape[0], heads, key_dim)
+        # Of a piece that is all of its segment, or of none, it is nothing in particular.
+        transitions = new_states(splits.num_pieces, k, columns)
         _run_forward(walk, solved, q, k, columns, final=transitions, transition=True, borders=splits.several)
         increments = new_states(splits.num_pieces, k, v)
         _run_forward(walk, solved, q, k, v, final=increments, borders=splits.leading)

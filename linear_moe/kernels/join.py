@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import block_of, cdiv
+from linear_moe.kernels.blocks import block_of, cdiv, num_processors
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.splits import Splits
 
-JOIN_BLOCK = 1024
+JOIN_BLOCKS = 4096, 1024
+"""Numbers of a state that a program joins: the first of which there are two programs a multiprocessor, or the last."""
 AFFINE_TILE = 32
 MOST_DIRECT = 128
 """Keys of which the state, as it is in registers, is a product's right factor."""
@@ -43,6 +44,11 @@ class Starts(NamedTuple):
 
 
 FROM_ZEROS = Starts()
+
+
+def _new_starts(increments: Tensor) -> Tensor:
+    """Room for what pieces start from. Of a segment's outermost and of pieces of no segment it is nothing in particular."""
+    return torch.empty_like(increments)
 
 
 @triton.jit
@@ -120,11 +126,13 @@ def join(
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
-    starts = torch.empty_like(increments)
+    starts = _new_starts(increments)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
+    states, wanted = num_segments * heads, 2 * num_processors(increments.device)
+    block = next((b for b in JOIN_BLOCKS if states * cdiv(K * V, b) >= wanted), JOIN_BLOCKS[-1])
     launch_kernel(
         _join_kernel,
-        num_segments * heads * cdiv(K * V, JOIN_BLOCK),
+        states * cdiv(K * V, block),
         increments,
         totals,
         initial_state,
@@ -135,7 +143,7 @@ def join(
         K=K,
         V=V,
         PER_CHANNEL=totals.dim() == 3,
-        BLOCK=JOIN_BLOCK,
+        BLOCK=block,
         REVERSE=reverse,
     )
     return starts, final
@@ -230,7 +238,7 @@ def join_affine(
     assert splits.first is not None
     num_segments = splits.first.numel() - 1
     _, heads, K, V = increments.shape
-    starts = torch.empty_like(increments)
+    starts = _new_starts(increments)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     block = block_of(K)
     # Exact products of more rows than that do not fit the registers, nor do others of more than a head's usual.

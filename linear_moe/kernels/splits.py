@@ -140,8 +140,9 @@ def split_length(num_tokens: int, max_length: int, walks_per_token: int, num_pro
         num_processors: of the GPU.
         chunk: tokens of a chunk, of which a piece is a multiple.
     """
-    share = -(-num_tokens * walks_per_token // (WAVES * num_processors))
-    length = max(-(-share // chunk), 1) * chunk
+    # The longest segment's share of the programs, rounded down: a piece more would be walked after all others.
+    share = WAVES * num_processors * max_length // max(num_tokens * walks_per_token, 1)
+    length = max(cdiv(cdiv(max_length, max(share, 1)), chunk), 1) * chunk
     return length if length * LEAST_GAIN < max_length else None
 
 

@@ -24,7 +24,8 @@ Law = Callable[[Recurrence, torch.dtype, Patch], None]
 
 def use_processors(patch: Patch, form: Recurrence, count: int) -> None:
     """Split as on a GPU of so many multiprocessors."""
-    patch.setattr(module_of(form), "num_processors", lambda device: count)
+    for module in {module_of(form), module_of(form, 256, 256, torch.bfloat16)}:
+        patch.setattr(module, "num_processors", lambda device: count)
 
 
 def ragged(form: Recurrence, dtype: torch.dtype, **changes: Any) -> Case:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linear_moe import ops
 from linear_moe.forms import Decay, Recurrence
-from linear_moe.kernels import gated_deltanet, library
+from linear_moe.kernels import gated_deltanet, join, library
 from linear_moe.ops import RuleOutput
 from linear_moe.testing.budget import assert_within_budget
 
@@ -60,11 +60,13 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 def test_what_torch_asks_of_an_operator(
     make: Callable[[Recurrence], Case], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What the delta rules keep for the backward pass is compared too: of spare tokens, of a state past its K and V, and of
-    # chunks past the last it would be nothing in particular.
+    # What is kept for the backward pass is compared too: of spare tokens, of a state past its K and V, of chunks and pieces
+    # past the last, and of pieces that are not joined, it would be nothing in particular.
     case = replace(make(FAMILIES[name]), spare=0)
-    new_folded_states = gated_deltanet.new_folded_states
-    monkeypatch.setattr(gated_deltanet, "new_folded_states", lambda *given: new_folded_states(*given).zero_())
+    for made in ("new_folded_states", "new_states"):
+        new = getattr(gated_deltanet, made)
+        monkeypatch.setattr(gated_deltanet, made, lambda *given, new=new: new(*given).zero_())
+    monkeypatch.setattr(join, "_new_starts", torch.zeros_like)
     torch.library.opcheck(OPERATORS[name], arguments(case), test_utils=TESTS)
 
 

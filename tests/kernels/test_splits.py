@@ -159,11 +159,12 @@ def test_whole_segments() -> None:
     chunk=st.sampled_from([32, 64]),
 )
 def test_where_to_cut(num_tokens: int, share: float, walks: int, processors: int, chunk: int) -> None:
-    """In whole chunks, and only what is then walked in a third of the time."""
+    """In whole chunks, only what is then walked in a third of the time, and into no more than fills the GPU twice."""
     max_length = int(share * num_tokens)
     length = split_length(num_tokens, max_length, walks, processors, chunk)
     if length is not None:
         assert length % chunk == 0 and 0 < 3 * length < max_length
+        assert -(-max_length // length) * num_tokens * walks <= 2 * processors * max_length
 
 
 LENGTHS = [0, 45, 7, 100, 0, 12]
@@ -234,10 +235,14 @@ def test_joins_are_a_loop_over_pieces(K: int, V: int, kind: str, initial: bool, 
         totals = -torch.rand(pieces, heads, *((K,) if kind == "per channel" else ())).to(DEVICE)
         joined, final = join(increments, totals, state, splits, reverse=reverse)
         exact = torch.diag_embed(totals.double().exp().reshape(pieces, heads, -1).expand(-1, -1, K))
+    expected = loop(increments.double(), exact, None if state is None else state.double(), splits, reverse)
+    # Products that leave off the last two bits round four times as much.
+    rounded = {name: 4 * x for name, x in expected.items()} if kind == "affine at once" else None
     assert_within_budget(
         {"starts": loaded(Starts(state, joined, splits), increments, reverse), "final": final},
         loop(increments, exact.float(), state, splits, reverse),
-        loop(increments.double(), exact, None if state is None else state.double(), splits, reverse),
+        expected,
+        terms=rounded,
     )
 
 
