@@ -22,7 +22,7 @@ JOIN_BLOCKS = 4096, 1024
 """Numbers of a state that a program joins: the first of which there are two programs a multiprocessor, or the last."""
 AFFINE_TILE = 32
 MOST_DIRECT = 128
-"""Keys of which the state, as it is in registers, is a product's right factor."""
+"""Keys up to which inexact products take the state whole, from registers; of more, a few rows at a time from memory."""
 
 
 class Starts(NamedTuple):
@@ -241,7 +241,7 @@ def join_affine(
     starts = _new_starts(increments)
     final = increments.new_empty(num_segments, heads, K, V) if want_final else None
     block = block_of(K)
-    # Exact products of more rows than that do not fit the registers, nor do others of more than a head's usual.
+    # Of more keys a state and what it is multiplied by do not fit the registers; exact products take more of them.
     direct = block <= (AFFINE_TILE if exact else MOST_DIRECT)
     launch_kernel(
         _join_affine_kernel,
