@@ -379,10 +379,10 @@ def values_kernel(
     dtype = k_ptr.dtype.element_ty
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    state = (
-        load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True)
-        / scale
-    )
+    state = load_start(
+        initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True
+    )  # fmt: skip
+    state /= scale
     num_chunks = tl.cdiv(size, CHUNK)
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step

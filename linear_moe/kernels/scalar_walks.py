@@ -95,24 +95,10 @@ def scan_kernel(
 
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, TRANSPOSED_STATE)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    state = (
-        load_start(
-            initial_ptr,
-            joined_ptr,
-            owner_ptr,
-            first_ptr,
-            piece,
-            head,
-            HEADS,
-            keys,
-            values,
-            K,
-            V,
-            TRANSPOSED_STATE,
-            REVERSE,
-        )
-        / state_scale
-    )
+    state = load_start(
+        initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, TRANSPOSED_STATE, REVERSE
+    )  # fmt: skip
+    state /= state_scale
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     if o_ptr is None:
         tl.static_assert((initial_ptr is None) and (joined_ptr is None), "a state alone is of what a piece writes")
@@ -220,10 +206,10 @@ def writes_kernel(
     dtype = k_ptr.dtype.element_ty
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
-    state = (
-        load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True)
-        / scale
-    )
+    state = load_start(
+        initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True
+    )  # fmt: skip
+    state /= scale
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     seen = rows[:, None] <= rows[None, :]
     num_chunks = tl.cdiv(size, CHUNK)
