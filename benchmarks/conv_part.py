@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
-from measuring import provenance, write_rows
+from measuring import median_ms, provenance, write_rows
 from torch import Tensor
 
 from linear_moe.kernels.slot_conv_operator import segment_of_slots, slot_conv
@@ -131,20 +130,14 @@ def wrong(case: Case) -> str | None:
     return "; ".join(str(budget) for budget in budgets if not budget.holds) or None
 
 
-def median(function: Callable[[], object]) -> float:
-    """Milliseconds."""
-    value: float = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
-    return value
-
-
 def measure(run: Run, case: Case, inputs: Inputs) -> tuple[float, float]:
     """Milliseconds forward and backward. Of a range of columns the gradient is that range's, without a copy into the rest."""
     x = (inputs.x if case.kind == "columns" else inputs.x[:, :CHANNELS]).detach().requires_grad_()
     mine = inputs._replace(x=x)
     with torch.no_grad():
-        forward = median(lambda: run(case, mine))
+        forward = median_ms(lambda: run(case, mine))
     outputs = run(case, mine)
-    backward = median(lambda: torch.autograd.grad(outputs, (x, mine.weight), inputs.seeds, retain_graph=True))
+    backward = median_ms(lambda: torch.autograd.grad(outputs, (x, mine.weight), inputs.seeds, retain_graph=True))
     return forward, backward
 
 

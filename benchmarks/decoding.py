@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from measuring import captured, provenance, write_rows
+from measuring import captured, median_ms, provenance, write_rows
 from torch import Tensor, nn
 
 from linear_moe import MemoryLayer, MoMLayer
@@ -106,12 +105,6 @@ def fault(case: Case, batch: int) -> str | None:
     return "; ".join(over) or None
 
 
-def median(function: Callable[[], object]) -> float:
-    """Microseconds; between two calls the L2 cache is overwritten."""
-    value: float = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
-    return 1e3 * value
-
-
 def kernel_times(function: Callable[[], object], repeats: int = 5) -> list[tuple[str, float, float]]:
     """Name, launches and microseconds a call of each kernel, longest first."""
     function()
@@ -160,10 +153,10 @@ def measure(case: Case, batch: int, layers: int, show: int) -> dict[str, object]
 
     row: dict[str, object] = {"case": str(case), "batch": batch}
     graph = captured(step)
-    row["graph_us"] = round(median(graph.replay), 1)
-    row["stack_us"] = round(median(captured(step_of_all).replay) / layers, 1)
+    row["graph_us"] = round(1e3 * median_ms(graph.replay), 1)
+    row["stack_us"] = round(1e3 * median_ms(captured(step_of_all).replay) / layers, 1)
     row["floor_us"] = round(floor(layer, state, batch), 1)
-    row["eager_us"] = round(median(step), 1)
+    row["eager_us"] = round(1e3 * median_ms(step), 1)
     times = kernel_times(graph.replay)
     row["kernels"] = round(sum(count for _, count, _ in times))
     row["kernels_us"] = round(sum(time for *_, time in times), 1)
@@ -171,7 +164,9 @@ def measure(case: Case, batch: int, layers: int, show: int) -> dict[str, object]
         print(f"    {time:7.1f} us in {count:g}  {name[:100]}")
     with any_length():
         graph = captured(step)
-        row["any_length_graph_us"], row["any_length_eager_us"] = (round(median(f), 1) for f in (graph.replay, step))
+        row["any_length_graph_us"], row["any_length_eager_us"] = (
+            round(1e3 * median_ms(f), 1) for f in (graph.replay, step)
+        )
         row["any_length_kernels"] = round(sum(count for _, count, _ in kernel_times(graph.replay)))
     return row
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from layers import graphed, kernel_times, median
-from measuring import provenance, write_rows
+from layers import TIMED, graphed, kernel_times
+from measuring import median_ms, provenance, write_rows
 from torch import Tensor
 
 from linear_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -129,7 +129,7 @@ def measure(case: Case, show: int) -> dict[str, object]:
     torch.cuda.synchronize()
     work.both()
     row: dict[str, object] = {"case": str(case), "tokens": BATCH * LENGTH}
-    row["eager_forward_ms"], row["eager_both_ms"] = (round(median(f), 3) for f in (work.forward, work.both))
+    row["eager_forward_ms"], row["eager_both_ms"] = (round(median_ms(f, **TIMED), 3) for f in (work.forward, work.both))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -139,8 +139,8 @@ def measure(case: Case, show: int) -> dict[str, object]:
     if show:
         for name, time in kernel_times(work.both)[:show]:
             print(f"    {time:7.3f}  {name[:100]}")
-    forward, both = (median(graphed(f)) for f in (work.forward, work.both))
-    products_forward, products_both = (median(graphed(f)) for f in (products.forward, products.both))
+    forward, both = (median_ms(graphed(f), **TIMED) for f in (work.forward, work.both))
+    products_forward, products_both = (median_ms(graphed(f), **TIMED) for f in (products.forward, products.both))
     row["graph_forward_ms"], row["graph_both_ms"] = round(forward, 3), round(both, 3)
     row["products_forward_ms"], row["products_both_ms"] = round(products_forward, 3), round(products_both, 3)
     row["products_share_forward"] = round(products_forward / forward, 3)

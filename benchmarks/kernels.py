@@ -1,6 +1,7 @@
 """The scans' Triton kernels against flash-linear-attention's on one GPU: numbers first, then time and memory.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels.csv
+    python benchmarks/kernels.py --output benchmarks/results/kernels.csv --plot docs/kernels.png
+    python benchmarks/kernels.py --update --rules gla --shapes 0 4    # anew, and the file's other rows kept
 
 Both are first held to the error budget in float64, on shorter inputs of the same heads; what is wrong, or refuses to run,
 gets no time. The peer is imported if it is installed (fla-core). It tunes itself for minutes: `--prepare 8` lets 8 processes
@@ -26,8 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-from measuring import captured, provenance, write_rows
+from measuring import captured, median_ms, provenance, read_rows, updated, write_rows
 from rich.progress import track
 from torch import Tensor
 
@@ -174,12 +174,6 @@ def wrong(run: Run, rule: str, shape: Shape) -> str | None:
     return "; ".join(str(budget) for budget in budgets if not budget.holds) or None
 
 
-def median(function: Callable[[], object]) -> float:
-    """Milliseconds."""
-    value: float = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
-    return value
-
-
 class Measured(NamedTuple):
     """Of one implementation."""
 
@@ -207,7 +201,9 @@ def measure(run: Run, rule: str, shape: Shape, replayed: bool) -> Measured:
     def both() -> None:
         torch.autograd.grad(run(inputs, cu_seqlens), list(inputs.values()), seed)
 
-    forward_ms, both_ms = (median(captured(function).replay if replayed else function) for function in (forward, both))
+    forward_ms, both_ms = (
+        median_ms(captured(function).replay if replayed else function) for function in (forward, both)
+    )
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -221,7 +217,7 @@ def copy_speed() -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-3 * median(lambda: target.copy_(source)))
+    return 2 * source.nbytes / (1e-3 * median_ms(lambda: target.copy_(source)))
 
 
 def row(rule: str, shape: Shape, speed: float, with_peer: bool) -> dict[str, object]:
@@ -287,7 +283,7 @@ def draw_plot(rows: list[dict[str, object]], path: Path) -> None:
         for at, rule in enumerate(FORMS):
             bars = {str(r["shape"]): r.get(name) for r in rows if r["rule"] == rule}
             places = [i + (at - len(FORMS) / 2 + 0.5) / (len(FORMS) + 1) for i in range(len(shapes))]
-            axis.bar(places, [bars.get(shape) or 0 for shape in shapes], 1 / (len(FORMS) + 1), label=rule)
+            axis.bar(places, [float(bars.get(shape) or 0) for shape in shapes], 1 / (len(FORMS) + 1), label=rule)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_ylabel("times the peer's speed")
         axis.set_title(title)
@@ -310,6 +306,22 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def time_all(
+    jobs: list[tuple[str, Shape]], with_peer: bool, output: Path, kept: list[dict[str, object]]
+) -> list[dict[str, object]]:
+    """Time them one after another, writing the file after each; returns all rows in it."""
+    torch.manual_seed(0)
+    speed = copy_speed()
+    shared = {"copy_TB_per_s": round(speed / 1e12, 2), **provenance()}
+    rows, timed = kept, []
+    for rule, shape in jobs:
+        timed.append(row(rule, shape, speed, with_peer) | shared)
+        print(*(value for name, value in timed[-1].items() if name not in shared), sep="  ", flush=True)
+        rows = updated(kept, timed, ("shape", "rule"))
+        write_rows(output, rows)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "kernels.csv")
@@ -320,9 +332,12 @@ def main() -> None:
     )
     parser.add_argument("--compile-only", action="store_true", help="compile and tune, and time nothing")
     parser.add_argument("--no-peer", action="store_true", help="time only this package")
-    parser.add_argument("--plot", type=Path, help="also draw the speed-ups")
+    parser.add_argument("--update", action="store_true", help="keep the other rows that the output has")
+    parser.add_argument("--plot", type=Path, help="also draw the speed-ups, of kept rows too")
     arguments = parser.parse_args()
     jobs = [(rule, SHAPES[index]) for index in arguments.shapes for rule in arguments.rules]
+    if jobs and not torch.cuda.is_available():
+        sys.exit("kernels.py times kernels on a GPU: it needs a CUDA device")
     # The peer keeps what its tuning found, and finds it again.
     os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
     if arguments.compile_only:
@@ -331,14 +346,8 @@ def main() -> None:
         return
     if arguments.prepare:
         prepare(jobs, arguments.prepare, not arguments.no_peer)
-    torch.manual_seed(0)
-    speed = copy_speed()
-    shared = {"copy_TB_per_s": round(speed / 1e12, 2), **provenance()}
-    rows: list[dict[str, object]] = []
-    for rule, shape in jobs:
-        rows.append(row(rule, shape, speed, not arguments.no_peer) | shared)
-        print(*(value for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
-        write_rows(arguments.output, rows)
+    kept = read_rows(arguments.output) if arguments.update and arguments.output.exists() else []
+    rows = time_all(jobs, not arguments.no_peer, arguments.output, kept) if jobs else kept
     print(table(rows))
     if arguments.plot:
         draw_plot(rows, arguments.plot)

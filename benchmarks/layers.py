@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
-from measuring import captured, provenance, write_rows
+from measuring import captured, median_ms, provenance, write_rows
 from torch import Tensor, nn
 
 from linear_moe import MemoryLayer, MoMLayer
 
 HERE = Path(__file__).resolve().parent
 WIDTHS = {"hidden_size": 1024, "num_heads": 4, "head_dim": 256}
+TIMED = {"warmup": 40, "rep": 150}
 
 
 class Case(NamedTuple):
@@ -95,12 +95,6 @@ class FirstResult(nn.Module):
         return output
 
 
-def median(function: Callable[[], object]) -> float:
-    """Milliseconds."""
-    value: float = triton.testing.do_bench(function, warmup=40, rep=150, return_mode="median")
-    return value
-
-
 def graphed(function: Callable[[], object]) -> Callable[[], object]:
     """The same work, replayed."""
     return captured(function).replay
@@ -138,7 +132,7 @@ def measure(case: Case, show: int) -> dict[str, object]:
 
     both()
     row: dict[str, object] = {"case": case.name, "shape": f"B{case.batch} T{case.length}"}
-    row["forward_ms"], row["both_ms"] = round(median(forward), 3), round(median(both), 3)
+    row["forward_ms"], row["both_ms"] = (round(median_ms(f, **TIMED), 3) for f in (forward, both))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -150,7 +144,7 @@ def measure(case: Case, show: int) -> dict[str, object]:
     for name, time in times[:show]:
         print(f"    {time:7.3f}  {name[:100]}")
     row["graph_forward_ms"], row["graph_both_ms"] = (
-        ("", "") if case.peer else (round(median(graphed(f)), 3) for f in (forward, both))
+        ("", "") if case.peer else (round(median_ms(graphed(f), **TIMED), 3) for f in (forward, both))
     )
     return row
 

@@ -29,6 +29,12 @@ def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def median_ms(function: Callable[[], object], *, warmup: int = 25, rep: int = 100) -> float:
+    """Milliseconds of a call, the median of those of `rep` ms after `warmup` ms; before each the L2 cache is overwritten."""
+    value: float = triton.testing.do_bench(function, warmup=warmup, rep=rep, return_mode="median")
+    return value
+
+
 def provenance() -> dict[str, str]:
     """The GPU, the releases, the day and the commit (COMMIT in the environment, where there is no repository)."""
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -49,3 +55,18 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """What `write_rows` wrote, as text; what a row lacks it lacks again."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def updated(
+    old: Sequence[dict[str, object]], new: Sequence[dict[str, object]], names: Sequence[str]
+) -> list[dict[str, object]]:
+    """The old rows, each replaced by a new one of the same `names` if there is one; then the other new ones."""
+    by_name = {tuple(row[name] for name in names): row for row in old}
+    by_name |= {tuple(row[name] for name in names): row for row in new}
+    return list(by_name.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -55,9 +56,33 @@ def test_text_curve(tmp_path: Path) -> None:
     assert "held out 3.500 at step 3, where the bytes' entropy is 4.400" in result.stdout
 
 
+def test_rows_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes the place of the old one of its names, the others stay as they were, and a new one comes last."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    measuring = importlib.import_module("measuring")
+    path, names = tmp_path / "rows.csv", ("shape", "rule")
+    old = [{"shape": "B8", "rule": "gla", "ms": "0.70"}, {"shape": "B8", "rule": "retnet"}]
+    measuring.write_rows(path, old)
+    assert measuring.read_rows(path) == old
+    new = [{"shape": "B1", "rule": "gla", "ms": 0.9}, {"shape": "B8", "rule": "gla", "ms": 0.5}]
+    assert measuring.updated(old, new, names) == [new[1], old[1], new[0]]
+    assert measuring.updated([], new, names) == new
+
+
+def test_the_scans_figures_drawn_again(tmp_path: Path) -> None:
+    """Of the file that is published: its table is the one in the docs."""
+    plot = tmp_path / "kernels.png"
+    command = [sys.executable, "-W", "error", SCRIPT.parent / "kernels.py", "--update", "--rules", "--plot", plot]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert result.stdout in (SCRIPT.parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("script", "what"),
     [
+        ("kernels.py", "times kernels"),
         ("conv_part.py", "times kernels"),
         ("block_parts.py", "times kernels"),
         ("mom_parts.py", "times kernels"),
