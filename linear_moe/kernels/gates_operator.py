@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.kernels import gates
-from linear_moe.kernels.operator import differentiable, operator
+from linear_moe.kernels.operator import differentiable, operator, side_by_side
 
 
 @operator("gates")
@@ -96,7 +96,7 @@ def make_gates(decay: Decay | None, strength: Strength | None) -> tuple[Tensor |
     x, rate, shift = (None, None, None) if decay is None else decay
     y, largest = (None, 1.0) if strength is None else strength
     assert x is not None or y is not None
-    x, y = (None if z is None else z if z.stride(-1) == 1 else z.contiguous() for z in (x, y))
+    x, y = (None if z is None else side_by_side(z) for z in (x, y))
     rate, shift = (None if z is None else z.contiguous() for z in (rate, shift))
     log_decay, beta = _gates(x, y, rate, shift, largest)
     return None if x is None else log_decay, None if y is None else beta

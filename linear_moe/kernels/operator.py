@@ -123,6 +123,11 @@ class _Kept:
         """All gradients are there."""
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """With the numbers of a row side by side, as kernels load them; rows may lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def check_tensor(
     name: str,
     tensor: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linear_moe.kernels import slot_conv as kernels
 from linear_moe.kernels import slot_conv_state as carried_inputs
-from linear_moe.kernels.operator import differentiable, operator
+from linear_moe.kernels.operator import differentiable, operator, side_by_side
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "silu")
@@ -139,7 +139,7 @@ def slot_conv(
     check_slot_conv(x, weight, bias, cu_seqlens, source, place, segment, state, activation, norm_heads)
     num_slots = x.shape[0] if source is None else source.shape[0]
     output, carried = _slot_conv(
-        x if x.stride(1) == 1 else x.contiguous(),
+        side_by_side(x),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         cu_seqlens.contiguous(),

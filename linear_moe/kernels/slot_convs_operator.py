@@ -17,7 +17,7 @@ from linear_moe.forms import GateColumns
 from linear_moe.kernels import gates as gate_kernels
 from linear_moe.kernels import slot_conv as kernels
 from linear_moe.kernels.blocks import new_rows
-from linear_moe.kernels.operator import FLOATS, check_tensor, differentiable, operator
+from linear_moe.kernels.operator import FLOATS, check_tensor, differentiable, operator, side_by_side
 from linear_moe.kernels.slot_conv_operator import ACTIVATIONS, check_slot_conv, segment_of_slots
 
 
@@ -248,8 +248,8 @@ def slot_convs(
     every = [*parts] if token_part is None else [*parts, token_part]
     decay, strength, heads, largest = (None, None, 0, 1.0) if gates is None else gates
     *made, log_decay, beta, rest = _slot_convs(
-        _side_by_side(slots),
-        None if tokens is None else _side_by_side(tokens),
+        side_by_side(slots),
+        None if tokens is None else side_by_side(tokens),
         weight.contiguous(),
         *(None if x is None else x.contiguous() for x in (bias, rate, shift)),
         cu_seqlens.contiguous(),
@@ -265,11 +265,6 @@ def slot_convs(
         largest,
     )
     return Mixed(made, None if decay is None else log_decay, None if strength is None else beta, rest)
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """With the numbers of a row side by side."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _check(
