@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.kernels.blocks import cdiv, load_start, num_processors, piece_of, state_offsets
-from linear_moe.kernels.join import FROM_ZEROS, Starts
+from linear_moe.kernels.join import Starts
 from linear_moe.kernels.launch import launch_kernel
 
 ROWS_BLOCK = 1024
@@ -108,7 +108,7 @@ def decay_gradient(
         borders.shape[0] * cdiv(heads, group),
         read,
         written,
-        *(FROM_ZEROS if ends is None else starts).arguments(),
+        *starts.arguments(),
         ends,
         gradient,
         borders,

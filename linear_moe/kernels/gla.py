@@ -229,7 +229,7 @@ def _walk(
     )
 
 
-def _joined(
+def _starts(
     writes: Tensor,
     v: Tensor,
     prepared: _Prepared,
@@ -237,8 +237,10 @@ def _joined(
     initial_state: Tensor | None,
     *,
     reverse: bool = False,
-) -> Tensor:
-    """The states that pieces start from, but for the outermost: each piece alone, then the join."""
+) -> Starts:
+    """The states that pieces start from: each piece alone, then the join."""
+    if not splits.cut:
+        return Starts(initial_state)
     shape = (splits.num_pieces, v.shape[1], writes.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=v.device)
     totals = torch.zeros(shape[:3], dtype=torch.float32, device=v.device)
@@ -246,7 +248,8 @@ def _joined(
         writes, v, prepared, splits, starts=FROM_ZEROS, final=increments, piece_totals=totals, reverse=reverse,
         borders=splits.trailing if reverse else splits.leading,
     )  # fmt: skip
-    return join(increments, totals, initial_state, splits, reverse=reverse, want_final=False)[0]
+    joined, _ = join(increments, totals, initial_state, splits, reverse=reverse, want_final=False)
+    return Starts(initial_state, joined, splits)
 
 
 def chunk_length(k: Tensor, v: Tensor) -> int:
@@ -275,21 +278,19 @@ def forward(
     """The recurrence along ragged segments; arguments as the library op's."""
     splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged)
-    joined = None
-    if splits.cut:
-        joined = _joined(prepared.writes, v, prepared, splits, initial_state)
+    starts = _starts(prepared.writes, v, prepared, splits, initial_state)
     piece_ends = None
     if want_final:
         piece_ends = new_states(splits.num_pieces, k, v)
     output = torch.empty_like(v)
     _walk(
-        prepared.writes, v, prepared, splits, starts=Starts(initial_state, joined, splits), reads=prepared.reads,
-        output=output, scale=scale, final=piece_ends,
+        prepared.writes, v, prepared, splits, starts=starts, reads=prepared.reads, output=output, scale=scale,
+        final=piece_ends,
     )  # fmt: skip
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else splits.ends(piece_ends)
-    return Forward(output, final, joined, prepared.products)
+    return Forward(output, final, starts.joined, prepared.products)
 
 
 def backward(
@@ -312,10 +313,8 @@ def backward(
     splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
     prepared = _prepare(q, k, v, log_decay, splits, ragged, products)
     unscaled = None if d_final is None else d_final / scale
-    reverse_joined = None
-    if splits.cut:
-        reverse_joined = _joined(prepared.reads, d_output, prepared, splits, unscaled, reverse=True)
-    starts, reverse_starts = Starts(initial_state, joined, splits), Starts(unscaled, reverse_joined, splits)
+    starts = Starts(initial_state, joined, splits)
+    reverse_starts = _starts(prepared.reads, d_output, prepared, splits, unscaled, reverse=True)
     chunks = prepared.chunks
     states, d_states = (new_states(chunks.num_pieces, k, v, k.dtype) for _ in range(2))
     d_starts = None if initial_state is None else new_states(splits.num_pieces, k, v)

@@ -65,7 +65,7 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
     (0.193), a token -, 0.214, 0.199 (0.205); backwards without overlap 0.203, 0.192, 0.182; 0.216, 0.202, 0.182; 0.218, 0.219,
     0.226. With overlap 0.316, 0.342, 0.311, but where pieces start from a state, B1 T32768, 0.319, 0.346, 0.379; and backwards
     0.302, 0.298, 0.343, and there 0.335, 0.291, 0.385. Value tile 128 on 8 warps with 3 stages forwards: 0.184, 0.209, 0.299.
-    States alone, of 7 of 8 pieces at B1 T32768, 0.105, 0.094, 0.096 (a head); with value tile 128 and 3 stages 0.093.
+    States alone, of 8 of 9 pieces at B1 T32768, 0.105, 0.094, 0.096 (a head); with value tile 128 and 3 stages 0.093.
     K = V = 64, B32 T2048 H16, forwards with 2 to 5 stages: 0.215, 0.190, 0.191, 0.186 without a decay; 0.199, 0.190, 0.192,
     0.187; 0.210, 0.193, 0.196, 0.194. With overlap 0.314, 0.248, 0.238, 0.243.
     On an H200, forwards with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332.
@@ -253,10 +253,12 @@ def _writes(
     return written
 
 
-def _joined(
+def _starts(
     walk: _Walk, k: Tensor, v: Tensor, initial_state: Tensor | None, *, state_scale: float = 1.0, reverse: bool = False
-) -> Tensor:
-    """The states that pieces start from, but for the outermost: each piece alone, then the join."""
+) -> Starts:
+    """The states that pieces start from: each piece alone, then the join."""
+    if not walk.splits.cut:
+        return Starts(initial_state)
     shape = (walk.splits.num_pieces, walk.heads, k.shape[2], v.shape[2])
     increments = torch.empty(shape, dtype=torch.float32, device=k.device)
     totals = torch.empty(shape[:2], dtype=torch.float32, device=k.device)
@@ -264,7 +266,8 @@ def _joined(
         walk, k, k, v, starts=FROM_ZEROS, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
         borders=walk.splits.trailing if reverse else walk.splits.leading,
     )  # fmt: skip
-    return join(increments, totals, initial_state, walk.splits, reverse=reverse, want_final=False)[0]
+    joined, _ = join(increments, totals, initial_state, walk.splits, reverse=reverse, want_final=False)
+    return Starts(initial_state, joined, walk.splits)
 
 
 def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -299,17 +302,16 @@ def forward(
 ) -> Forward:
     """S_t = a_t S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t along ragged segments; arguments as the library op's."""
     walk = _walk_of(k, v, log_decay, decay, ragged)
-    joined = _joined(walk, k, v, initial_state) if walk.splits.cut else None
+    starts = _starts(walk, k, v, initial_state)
     piece_ends = None
     if want_final:
         piece_ends = new_states(walk.splits.num_pieces, k, v)
     output = torch.empty_like(v)
-    starts = Starts(initial_state, joined, walk.splits)
     _scan(walk, q, k, v, starts=starts, output=output, scale=scale, final=piece_ends)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else walk.splits.ends(piece_ends)
-    return Forward(output, final, joined)
+    return Forward(output, final, starts.joined)
 
 
 def backward(
@@ -329,10 +331,8 @@ def backward(
 ) -> Backward:
     """The gradients of `forward`; `joined` as it returned it."""
     walk = _walk_of(k, v, log_decay, decay, ragged)
-    reverse_joined = None
-    if walk.splits.cut:
-        reverse_joined = _joined(walk, q, d_output, d_final, state_scale=scale, reverse=True)
-    starts, reverse_starts = Starts(initial_state, joined, walk.splits), Starts(d_final, reverse_joined, walk.splits)
+    starts = Starts(initial_state, joined, walk.splits)
+    reverse_starts = _starts(walk, q, d_output, d_final, state_scale=scale, reverse=True)
     # A key head's gradient is the sum over the value heads that share it, in float32.
     shared = q.shape[1] != v.shape[1]
     wide = (v.shape[0], v.shape[1], q.shape[2])
