@@ -146,8 +146,6 @@ class _Walk(NamedTuple):
     piece: int
     pieces: Pieces | None
     """Where states are stored to be read from in parallel, if they are."""
-    first_pieces: Tensor | None
-    """`[P]` the piece that each split begins with, where states are stored."""
     in_full: bool
     """Whether every piece has `piece` tokens."""
 
@@ -200,25 +198,19 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), multiple)
 
 
-def _walk_of(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay, *, stores: bool
-) -> _Walk:
-    """`stores`: whether states of every chunk are stored; those of larger pieces are in any case."""
+def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
     num_tokens, heads = v.shape[:2]
     chunk, exact = chunk_length(k, v), k.dtype == torch.float32
     stored = stored_piece(k, v)
     piece = stored or chunk
-    cuts = ragged.pieces(num_tokens, piece)
-    splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
+    cuts, splits = ragged.cut_twice(num_tokens, piece, piece_length(k, v, ragged))
     gates = gates_by_head(log_decay, beta, cuts.borders, piece, chunk=chunk if stored else None, exact=exact)
-    decays, pieces, first = gates.sums, None, None
+    decays, pieces = gates.sums, None
     in_full = ragged.in_full(num_tokens, piece)
     if stored is not None:
         decays, pieces = gates.inner, Pieces(cuts, DECAY_KINDS[decay], gates.sums, heads, in_full)
-    if stored is not None or stores:
-        first = splits.first_pieces(cuts, ragged, piece)
     assert gates.beta is not None
-    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, cuts, piece, pieces, first, in_full)
+    return _Walk(DECAY_KINDS[decay], decays, gates.beta, splits, cuts, piece, pieces, in_full)
 
 
 def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str, int]]:
@@ -307,7 +299,7 @@ def _run_forward(
         *starts.arguments(),
         final,
         states,
-        walk.first_pieces,
+        walk.splits.begins,
         borders,
         borders.stride(0),
         0 if states is None else states.stride(0),
@@ -360,7 +352,7 @@ def forward(
     keep: bool,
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
-    walk = _walk_of(k, v, log_decay, beta, ragged, decay, stores=keep)
+    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     solved = _solve(q, k, v, walk, erasure=True, reads=keeps_reads(k, v))
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
@@ -436,7 +428,7 @@ def backward(
 ) -> Backward:
     """The gradients of `forward`; `kept` as it returned it. The values themselves are not needed."""
     v = kept.wrong
-    walk = _walk_of(k, v, log_decay, beta, ragged, decay, stores=True)
+    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     num_tokens, heads, value_dim = v.shape
     splits = walk.splits
     constants = walk.constants(k, v)
@@ -461,7 +453,7 @@ def backward(
     ) -> None:
         launch_kernel(
             values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, reads,
-            output, d_beta, *start.arguments(), final, states, walk.first_pieces, borders, borders.stride(0),
+            output, d_beta, *start.arguments(), final, states, walk.splits.begins, borders, borders.stride(0),
             0 if states is None else states.stride(0), walk.splits.order, num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 

@@ -110,8 +110,7 @@ class _Prepared(NamedTuple):
     fades: Tensor
     """How much the channel of a head that fades most does in each chunk `[chunks, H]` float32."""
     chunks: Splits
-    first_chunks: Tensor
-    """`[P]` the chunk each piece begins with."""
+    splits: Splits
     in_full: bool
     """Whether every chunk is C tokens."""
 
@@ -140,7 +139,6 @@ def _prepare(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    splits: Splits,
     ragged: Ragged,
     products: Tensor | None = None,
 ) -> _Prepared:
@@ -149,7 +147,7 @@ def _prepare(
     launch = TABLE.pick(v.device, "prepare", key_dim, v.shape[2], k.dtype)
     chunk = launch.chunk
     # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
-    chunks = ragged.pieces(num_tokens, chunk)
+    chunks, splits = ragged.cut_twice(num_tokens, chunk, piece_length(k, v, ragged))
     in_full = ragged.in_full(num_tokens, chunk)
     reads, writes = (torch.empty(num_tokens, heads, key_dim, dtype=k.dtype, device=k.device) for _ in range(2))
     made = kept = None
@@ -171,8 +169,7 @@ def _prepare(
             chunks.borders.stride(0), units, programs, HEADS=heads, K_HEADS=k.shape[1], K=key_dim, TILE=tile, MILD=mild,
             num_warps=launch.num_warps, num_stages=launch.num_stages, **_shared_constants(k, chunk, in_full),
         )  # fmt: skip
-    first = splits.first_pieces(chunks, ragged, chunk)
-    return _Prepared(reads, writes, products, kept, totals, fades, chunks, first, in_full)
+    return _Prepared(reads, writes, products, kept, totals, fades, chunks, splits, in_full)
 
 
 def _walk(
@@ -203,7 +200,7 @@ def _walk(
         v,
         prepared.products,
         prepared.totals,
-        prepared.first_chunks,
+        splits.begins,
         output,
         states,
         *starts.arguments(),
@@ -276,8 +273,8 @@ def forward(
     want_final: bool,
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's."""
-    splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
-    prepared = _prepare(q, k, v, log_decay, splits, ragged)
+    prepared = _prepare(q, k, v, log_decay, ragged)
+    splits = prepared.splits
     starts = _starts(prepared.writes, v, prepared, splits, initial_state)
     piece_ends = None
     if want_final:
@@ -310,8 +307,8 @@ def backward(
     """The gradients of `forward`; `joined` and `products` as it returned them."""
     num_tokens, heads, value_dim = v.shape
     key_dim = k.shape[2]
-    splits = ragged.splits(num_tokens, piece_length(k, v, ragged))
-    prepared = _prepare(q, k, v, log_decay, splits, ragged, products)
+    prepared = _prepare(q, k, v, log_decay, ragged, products)
+    splits = prepared.splits
     unscaled = None if d_final is None else d_final / scale
     starts = Starts(initial_state, joined, splits)
     reverse_starts = _starts(prepared.reads, d_output, prepared, splits, unscaled, reverse=True)

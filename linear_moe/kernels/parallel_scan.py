@@ -195,8 +195,6 @@ class _Plan(NamedTuple):
     """A walk is a multiple of a piece: pieces of segments are pieces of walks."""
     walks: Splits
     """Of the first step: segments, or what long ones are cut into."""
-    first_pieces: Tensor
-    """`[W]` the piece that each walk begins with."""
 
 
 def walk_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -221,14 +219,12 @@ def piece_length(k: Tensor) -> int:
 def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> _Plan:
     num_tokens = v.shape[0]
     piece = piece_length(k)
-    pieces = ragged.pieces(num_tokens, piece)
+    pieces, walks = ragged.cut_twice(num_tokens, piece, walk_length(k, v, ragged))
     if decay is Decay.SCALAR:
         assert log_decay is not None
         log_decay = chunk_sums(log_decay, pieces.borders, piece, exact=k.dtype == torch.float32)
-    walks = ragged.splits(num_tokens, walk_length(k, v, ragged))
-    first = walks.first_pieces(pieces, ragged, piece)
     in_full = ragged.in_full(num_tokens, piece)
-    return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks, first)
+    return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks)
 
 
 def _run_states(
@@ -258,7 +254,7 @@ def _run_states(
         *starts.arguments(),
         final,
         totals,
-        plan.first_pieces,
+        plan.walks.begins,
         borders,
         borders.stride(0),
         plan.walks.order,

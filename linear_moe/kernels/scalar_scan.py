@@ -282,9 +282,10 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragge
     if decay is Decay.SCALAR:
         assert log_decay is not None
         # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
-        chunks = ragged.pieces(v.shape[0], chunk)
+        chunks, splits = ragged.cut_twice(v.shape[0], chunk, piece_length(k, v, ragged))
         log_decay = chunk_sums(log_decay, chunks.borders, chunk, exact=k.dtype == torch.float32)
-    splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
+    else:
+        splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
     return _Walk(DECAY_KINDS[decay], log_decay, v.shape[1], splits, ragged.in_full(v.shape[0], chunk))
 
 

@@ -48,6 +48,8 @@ class Splits(NamedTuple):
     """A bound on the pieces of a segment."""
     order: Tensor | None = None
     """`[P]` int64: the pieces as they should be walked, the longest of uncut segments first. None: one after another."""
+    begins: Tensor | None = None
+    """`[P]` int64: of smaller pieces that make these up (`cut_twice`), the one that each begins with; of empty ones, any."""
 
     @property
     def num_pieces(self) -> int:
@@ -64,19 +66,6 @@ class Splits(NamedTuple):
         if self.first is None:
             return states
         return states[self.first[:-1] if reverse else self.first[1:] - 1]
-
-    def first_pieces(self, pieces: Splits, ragged: Ragged, length: int) -> Tensor:
-        """`[P]` Of the smaller `pieces` of `length` tokens, of which these are multiples, the one that each begins with."""
-        assert pieces.first is not None
-        first = pieces.first[:-1]
-        if self.owner is None:
-            return first
-        begins = torch.empty_like(self.owner)
-        launch_kernel(
-            _begins_kernel, cdiv(self.num_pieces, PIECES_BLOCK), self.borders, self.owner, first, ragged.cu_seqlens, begins,
-            self.num_pieces, pieces.num_pieces, length, BLOCK=PIECES_BLOCK,
-        )  # fmt: skip
-        return begins
 
 
 class Ragged(NamedTuple):
@@ -123,6 +112,21 @@ class Ragged(NamedTuple):
             return self.pieces(num_tokens, length)
         return cut(self.cu_seqlens, num_tokens, length, self.max_length, whole=int(LEAST_GAIN * length))
 
+    def cut_twice(self, num_tokens: int, piece: int, split: int | None) -> tuple[Splits, Splits]:
+        """The `pieces`, and the `splits` that are made up of them: in as few launches as either takes."""
+        if split is None:
+            pieces = self.pieces(num_tokens, piece)
+            assert pieces.first is not None
+            return pieces, whole(self.cu_seqlens)._replace(begins=pieces.first[:-1])
+        if self.uniform(num_tokens):
+            device = self.cu_seqlens.device
+            begins = _uniform_begins(self.num_segments, self.max_length, split, piece, device)
+            return self.pieces(num_tokens, piece), self.pieces(num_tokens, split)._replace(begins=begins)
+        pieces, splits = _cut(
+            self.cu_seqlens, num_tokens, self.max_length, Cut(piece), Cut(split, whole=int(LEAST_GAIN * split))
+        )
+        return pieces, splits
+
     def num_pieces(self, num_tokens: int, length: int) -> int:
         """P of `pieces`."""
         if self.uniform(num_tokens):
@@ -165,6 +169,14 @@ def _uniform_pieces(num_segments: int, segment_length: int, length: int, device:
     return Splits(borders, first, owner, leading, trailing, several, each)
 
 
+@static
+def _uniform_begins(num_segments: int, segment_length: int, length: int, smaller: int, device: torch.device) -> Tensor:
+    """With which of the pieces of `smaller` tokens those of `length`, a multiple, begin, in segments of one length."""
+    each, pieces = (max(cdiv(segment_length, size), 1) for size in (length, smaller))
+    piece = torch.arange(num_segments * each, device=device)
+    return piece // each * pieces + piece % each * (length // smaller)
+
+
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
     """A bound on the pieces of `length` tokens, from sizes alone: of each segment, one piece at most is not full."""
     return num_tokens // length + num_segments
@@ -179,10 +191,17 @@ def _first_kernel(
     num_segments,
     length,
     whole,
+    next_length,
+    next_whole,
     BLOCK: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
-    """One program: how long a piece is, the sums of the segments' pieces, and, where none is cut, the order of the first."""
+    """A program a cut: how long a piece is, the sums of the segments' pieces, and, of the last cut, the order of the segments
+    where none is cut.
+    """
+    cut = tl.program_id(0)
+    length, whole = tl.where(cut == 0, length, next_length), tl.where(cut == 0, whole, next_whole)
+    first_ptr += cut * (num_segments + 1)
     longest = tl.full((), 1, tl.int64)
     for start in range(0, num_segments, BLOCK):
         segment = start + tl.arange(0, BLOCK)
@@ -191,7 +210,7 @@ def _first_kernel(
         end = tl.load(cu_seqlens_ptr + segment + 1, mask=inside, other=0)
         longest = tl.maximum(longest, tl.max(end - begin, 0))
     length = tl.where(longest <= whole, longest, length)
-    tl.store(length_ptr, length)
+    tl.store(length_ptr + cut, length)
     carry = tl.full((), 0, tl.int64)
     tl.store(first_ptr, carry)
     for start in range(0, num_segments, BLOCK):
@@ -209,81 +228,95 @@ def _first_kernel(
         size = tl.where(inside, tl.load(cu_seqlens_ptr + segment + 1, mask=inside, other=0) - begin, -1)
         alike = (size[None, :] == size[:, None]) & (segment[None, :] < segment[:, None])
         before = tl.sum(((size[None, :] > size[:, None]) | alike).to(tl.int64), 1)
-        tl.store(order_ptr + tl.where(longest <= whole, before, segment), segment.to(tl.int64), mask=inside)
+        ordered = tl.where(cut == tl.num_programs(0) - 1, num_segments, 0)
+        place = tl.where(longest <= whole, before, segment)
+        tl.store(order_ptr + place, segment.to(tl.int64), mask=segment < ordered)
 
 
 @triton.jit
 def _cut_kernel(
-    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, order_ptr, num_segments, num_pieces,
+    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, order_ptr, begins_ptr, num_segments, count, next_count,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    length = tl.load(length_ptr)
-    piece = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Some pieces of a cut. `order` is of the last, `begins` of the second: with which of the first's pieces each begins."""
+    blocks = tl.cdiv(count, BLOCK)
+    cut = tl.where(tl.program_id(0) < blocks, 0, 1)
+    num_pieces = tl.where(cut == 0, count, next_count)
+    piece = (tl.program_id(0) - cut * blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = piece < num_pieces
+    length = tl.load(length_ptr + cut)
+    cut_first_ptr = first_ptr + cut * (num_segments + 1)
     # The last segment whose first piece is not after this one, by bisection.
     low = tl.zeros((BLOCK,), tl.int64)
     high = low + num_segments
     for _ in range(STEPS):
         middle = (low + high) // 2
-        below = tl.load(first_ptr + middle, mask=exists, other=0) <= piece
+        below = tl.load(cut_first_ptr + middle, mask=exists, other=0) <= piece
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
-    inside = exists & (piece < tl.load(first_ptr + num_segments))
+    inside = exists & (piece < tl.load(cut_first_ptr + num_segments))
     begin = tl.load(cu_seqlens_ptr + low, mask=exists, other=0)
     end = tl.load(cu_seqlens_ptr + low + 1, mask=exists, other=0)
-    first = tl.load(first_ptr + low, mask=exists, other=0)
-    after = tl.load(first_ptr + low + 1, mask=exists, other=0)
+    first = tl.load(cut_first_ptr + low, mask=exists, other=0)
+    after = tl.load(cut_first_ptr + low + 1, mask=exists, other=0)
     start = begin + (piece - first) * length
     stop = tl.minimum(start + length, end)
     kept = (inside, inside & (piece + 1 < after), inside & (piece > first), inside & (after - first > 1))
+    before = cut.to(tl.int64) * count
     for kind in tl.static_range(4):
-        at = 2 * (kind * num_pieces + piece)
+        at = 2 * (4 * before + kind * num_pieces + piece)
         tl.store(borders_ptr + at, tl.where(kept[kind], start, 0), mask=exists)
         tl.store(borders_ptr + at + 1, tl.where(kept[kind], stop, 0), mask=exists)
-    tl.store(owner_ptr + piece, low, mask=exists)
+    tl.store(owner_ptr + before + piece, low, mask=exists)
     if order_ptr is not None:
-        tl.store(order_ptr + piece, piece, mask=exists & (piece >= num_segments))
+        ordered = tl.where((next_count == 0) | (cut == 1), num_pieces, 0)
+        tl.store(order_ptr + piece, piece, mask=(piece >= num_segments) & (piece < ordered))
+    if begins_ptr is not None:
+        smaller = tl.load(first_ptr + low, mask=exists, other=0) + (start - begin) // tl.load(length_ptr)
+        tl.store(begins_ptr + piece, tl.minimum(smaller, count - 1), mask=piece < tl.where(cut == 1, num_pieces, 0))
 
 
-@triton.jit
-def _begins_kernel(
-    borders_ptr, owner_ptr, first_ptr, cu_seqlens_ptr, begins_ptr, num_pieces, num_smaller, length, BLOCK: tl.constexpr
-):
-    """The smaller piece, of `length` tokens, that each begins with; of those past the last, which are empty, any."""
-    piece = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = piece < num_pieces
-    owner = tl.load(owner_ptr + piece, mask=exists, other=0)
-    into = tl.load(borders_ptr + 2 * piece, mask=exists, other=0) - tl.load(cu_seqlens_ptr + owner)
-    begins = tl.load(first_ptr + owner) + tl.maximum(into, 0) // length
-    tl.store(begins_ptr + piece, tl.minimum(begins, num_smaller - 1), mask=exists)
+class Cut(NamedTuple):
+    """How segments are cut."""
+
+    length: int
+    """Tokens of a piece, of which a segment's last may have fewer."""
+    whole: int = 0
+    """None is cut if the longest has no more tokens than these."""
+
+
+def _cut(cu_seqlens: Tensor, num_tokens: int, max_length: int, *cuts: Cut) -> list[Splits]:
+    """Segments cut in one way, or in two, of which the second's pieces are made up of the first's."""
+    num_segments = cu_seqlens.numel() - 1
+    counts = [num_pieces(num_tokens, num_segments, cut.length) for cut in cuts]
+    count, next_count = (*counts, 0)[:2]
+    first, chosen = cu_seqlens.new_empty(len(cuts), num_segments + 1), cu_seqlens.new_empty(len(cuts))
+    owner, borders = cu_seqlens.new_empty(sum(counts)), cu_seqlens.new_empty(4 * sum(counts), 2)
+    order = cu_seqlens.new_empty(counts[-1]) if cuts[-1].whole and num_segments <= MOST_ORDERED else None
+    begins = cu_seqlens.new_empty(next_count) if next_count else None
+    block = block_of(num_segments)
+    launch_kernel(
+        _first_kernel, len(cuts), cu_seqlens, first, chosen, order, num_segments, *cuts[0], *cuts[-1],
+        BLOCK=min(block, SEGMENTS_BLOCK), ORDERED=block,
+    )  # fmt: skip
+    launch_kernel(
+        _cut_kernel, sum(cdiv(count, PIECES_BLOCK) for count in counts), cu_seqlens, first, chosen, borders, owner, order,
+        begins, num_segments, count, next_count, STEPS=num_segments.bit_length(), BLOCK=PIECES_BLOCK,
+    )  # fmt: skip
+    splits, before = [], 0
+    for number, (cut, count) in enumerate(zip(cuts, counts, strict=True)):
+        kinds = borders[4 * before : 4 * (before + count)].unflatten(0, (4, -1))
+        most, is_last = max(cdiv(max_length, cut.length), 1), number == len(cuts) - 1
+        splits.append(
+            Splits(
+                kinds[0], first[number], owner[before : before + count], kinds[1], kinds[2], kinds[3], most,
+                order if is_last else None, begins if number else None,
+            )
+        )  # fmt: skip
+        before += count
+    return splits
 
 
 def cut(cu_seqlens: Tensor, num_tokens: int, length: int, max_length: int, *, whole: int = 0) -> Splits:
     """Segments cut into pieces of `length` tokens and a rest; none is cut if the longest has at most `whole` tokens."""
-    num_segments = cu_seqlens.numel() - 1
-    count = num_pieces(num_tokens, num_segments, length)
-    first, chosen, owner = (cu_seqlens.new_empty(size) for size in (num_segments + 1, 1, count))
-    borders = cu_seqlens.new_empty(4, count, 2)
-    order = torch.empty_like(owner) if whole and num_segments <= MOST_ORDERED else None
-    block = block_of(num_segments)
-    launch_kernel(
-        _first_kernel, 1, cu_seqlens, first, chosen, order, num_segments, length, whole, BLOCK=min(block, SEGMENTS_BLOCK),
-        ORDERED=block,
-    )  # fmt: skip
-    launch_kernel(
-        _cut_kernel,
-        cdiv(count, PIECES_BLOCK),
-        cu_seqlens,
-        first,
-        chosen,
-        borders,
-        owner,
-        order,
-        num_segments,
-        count,
-        STEPS=num_segments.bit_length(),
-        BLOCK=PIECES_BLOCK,
-    )
-    leading, trailing, several = borders[1:]
-    most = max(-(-max_length // length), 1)
-    return Splits(borders[0], first, owner, leading, trailing, several, most, order)
+    return _cut(cu_seqlens, num_tokens, max_length, Cut(length, whole))[0]

@@ -108,7 +108,7 @@ BUGS = {
     "a split's carry fades by another channel": (CUT, Bug(join, "* K + numbers // V,", "* K + numbers % K,")),
     "every split begins with its segment's first chunk": (
         CUT,
-        Bug(gla, "splits.first_pieces(chunks, ragged, chunk)", "chunks.first[:-1][splits.owner]"),
+        Bug(gla, "        splits.begins,", "        prepared.chunks.first[:-1][splits.owner],"),
     ),
     "the decay's gradient one token late": (
         HARSH,

@@ -43,7 +43,7 @@ CLEAN = {"whole": WHOLE, "wide": WIDE, "cut": CUT, "long": LONG, "constant": CON
 ROW = "tl.minimum(rows, num_rows - 1)"
 SCANNED = "valid = rows < num_rows\n        k ="
 WRITTEN = "valid = rows < num_rows\n        q ="
-CHUNKS = "ragged.pieces(v.shape[0], chunk"
+CHUNKS = "ragged.cut_twice(v.shape[0], chunk"
 BUGS = {
     "a mask dropped": (WHOLE, Bug(scalar_walks, SCANNED, SCANNED.replace("num_rows", "num_rows + 2"))),
     "a mask of writes dropped": (WHOLE, Bug(scalar_walks, WRITTEN, WRITTEN.replace("num_rows", "num_rows + 2"))),

@@ -135,12 +135,26 @@ def test_pieces_of_a_batch_are_made_once_and_outlive_inference_mode() -> None:
 
 @given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4), small=st.integers(1, 9), times=st.integers(1, 5))
 def test_the_smaller_piece_that_each_begins_with(lengths: list[int], small: int, times: int) -> None:
-    total = sum(lengths)
-    ragged = Ragged(borders_of(lengths), max(lengths), dense=False)
-    pieces = ragged.pieces(total, small)
-    for splits in (ragged.pieces(total, small * times), ragged.pieces(total, None)):
-        first = splits.first_pieces(pieces, ragged, small)
-        for (start, end), piece in zip(splits.borders.tolist(), first.tolist(), strict=True):
+    assert_cut_twice(Ragged(borders_of(lengths), max(lengths), dense=False), sum(lengths), small, times)
+
+
+@given(length=st.integers(1, 90), count=st.integers(1, 4), small=st.integers(1, 9), times=st.integers(1, 5))
+def test_the_smaller_piece_that_each_of_a_batch_begins_with(length: int, count: int, small: int, times: int) -> None:
+    assert_cut_twice(Ragged(borders_of(count * [length]), length, dense=True), count * length, small, times)
+
+
+def assert_cut_twice(ragged: Ragged, total: int, small: int, times: int) -> None:
+    """As by two calls; and each of the larger pieces begins with a smaller one that begins where it does."""
+    for split in (small * times, None):
+        pieces, splits = ragged.cut_twice(total, small, split)
+        same = (ragged.pieces(total, small), ragged.splits(total, split))
+        for twice, once in zip((pieces, splits), same, strict=True):
+            for name, x in once._asdict().items():
+                y = getattr(twice, name)
+                assert torch.equal(x, y) if isinstance(x, Tensor) else x is y or x == y or name == "begins", name
+        assert splits.begins is not None
+        for (start, end), piece in zip(splits.borders.tolist(), splits.begins.tolist(), strict=True):
+            assert 0 <= piece < pieces.num_pieces
             if end > start:
                 assert pieces.borders[piece, 0] == start
 
