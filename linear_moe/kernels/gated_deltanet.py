@@ -44,7 +44,7 @@ from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_gradients import ScanOverlaps, delta_gradients
 from linear_moe.kernels.piece_reads import Pieces, read_pieces
-from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
+from linear_moe.kernels.splits import Ragged, Splits, Walked, split_length, whole
 
 
 class Launch(NamedTuple):
@@ -214,7 +214,7 @@ def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragge
 
 
 def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str, int]]:
-    """The grid of a walk and its launch parameters."""
+    """How many programs walk a piece, and the launch parameters."""
     entry = f"{name} in full" if name == "values" and walk.in_full else name
     launch = TABLE.pick(v.device, entry, DECAY_NAMES[walk.kind], k.shape[2], v.shape[2], k.dtype)
     tile = tile_of(v.shape[2], launch.tile, k.dtype)
@@ -227,7 +227,7 @@ def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    return walk.splits.num_pieces * v.shape[1] * cdiv(v.shape[2], tile), parameters
+    return v.shape[1] * cdiv(v.shape[2], tile), parameters
 
 
 def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads: bool) -> Solved:
@@ -280,13 +280,13 @@ def _run_forward(
     final: Tensor | None = None,
     states: Tensor | None = None,
     transition: bool = False,
-    borders: Tensor | None = None,
+    walked: Walked | None = None,
 ) -> None:
-    borders = walk.splits.borders if borders is None else borders
-    grid, parameters = _launch("forward", walk, k, v)
+    walked = walked or walk.splits.all
+    programs, parameters = _launch("forward", walk, k, v)
     launch_kernel(
         forward_kernel,
-        grid,
+        walked.num_pieces * programs,
         q,
         k,
         v,
@@ -300,10 +300,8 @@ def _run_forward(
         final,
         states,
         walk.splits.begins,
-        borders,
-        borders.stride(0),
+        *walked.arguments(),
         0 if states is None else states.stride(0),
-        walk.splits.order,
         v.shape[0],
         scale,
         TRANSITION=transition,
@@ -362,9 +360,9 @@ def forward(
         columns = k.new_empty(1, 1, 1).expand(v.shape[0], heads, key_dim)
         # Of a piece that is all of its segment, or of none, it is nothing in particular.
         transitions = new_states(splits.num_pieces, k, columns)
-        _run_forward(walk, solved, q, k, columns, final=transitions, transition=True, borders=splits.several)
+        _run_forward(walk, solved, q, k, columns, final=transitions, transition=True, walked=splits.of_cut_segments)
         increments = new_states(splits.num_pieces, k, v)
-        _run_forward(walk, solved, q, k, v, final=increments, borders=splits.leading)
+        _run_forward(walk, solved, q, k, v, final=increments, walked=splits.handing_on())
         exact = k.dtype == torch.float32
         joined, _ = join_affine(increments, transitions, initial_state, splits, want_final=False, exact=exact)
     starts = Starts(initial_state, joined, splits)
@@ -433,7 +431,7 @@ def backward(
     splits = walk.splits
     constants = walk.constants(k, v)
     starts = Starts(initial_state, kept.joined, splits)
-    grid, parameters = _launch("values", walk, k, v)
+    programs, parameters = _launch("values", walk, k, v)
     reads = kept.solved.reads
     if walk.pieces is not None:
         reads = _solve(q, k, v, walk, erasure=False, reads=True).reads
@@ -448,20 +446,20 @@ def backward(
         output: Tensor | None,
         start: Starts,
         final: Tensor | None,
-        borders: Tensor,
+        walked: Walked,
         states: Tensor | None = None,
     ) -> None:
         launch_kernel(
-            values_kernel, grid, q, k, d_output, kept.wrong, walk.decays, walk.beta, kept.solved.erasure, reads,
-            output, d_beta, *start.arguments(), final, states, walk.splits.begins, borders, borders.stride(0),
-            0 if states is None else states.stride(0), walk.splits.order, num_tokens, scale, **parameters, **constants,
+            values_kernel, walked.num_pieces * programs, q, k, d_output, kept.wrong, walk.decays, walk.beta,
+            kept.solved.erasure, reads, output, d_beta, *start.arguments(), final, states, splits.begins,
+            *walked.arguments(), 0 if states is None else states.stride(0), num_tokens, scale, **parameters, **constants,
         )  # fmt: skip
 
     reverse_joined = None
     if splits.cut:
-        assert kept.transitions is not None and splits.trailing is not None
+        assert kept.transitions is not None
         increments = new_states(splits.num_pieces, k, v)
-        run_values(reads, None, FROM_ZEROS, increments, splits.trailing)
+        run_values(reads, None, FROM_ZEROS, increments, splits.handing_on(reverse=True))
         exact = k.dtype == torch.float32
         reverse_joined, _ = join_affine(
             increments, kept.transitions.mT, d_final, splits, reverse=True, want_final=False, exact=exact
@@ -469,7 +467,7 @@ def backward(
     wants_ends = initial_state is not None or kept.joined is not None
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
     ends = [new_stored_states(k, v, walk.cuts.num_pieces)]
-    run_values(reads, dv, Starts(d_final, reverse_joined, splits), piece_ends, splits.borders, *ends)
+    run_values(reads, dv, Starts(d_final, reverse_joined, splits), piece_ends, splits.all, *ends)
     # Its memory is free for what comes next.
     del reads
     d_initial = None

@@ -30,7 +30,7 @@ from linear_moe.kernels.join import FROM_ZEROS, Starts, join
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward
-from linear_moe.kernels.splits import Ragged, Splits, split_length
+from linear_moe.kernels.splits import Ragged, Splits, Walked, split_length
 
 MILDEST = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 4.0}
 """A chunk in which no channel fades by more than e^60 is multiplied out around half of its fading: two exponentials a number,
@@ -186,15 +186,15 @@ def _walk(
     piece_totals: Tensor | None = None,
     scale: float = 1.0,
     reverse: bool = False,
-    borders: Tensor | None = None,
+    walked: Walked | None = None,
 ) -> None:
-    borders = splits.borders if borders is None else borders
+    walked = walked or splits.all
     heads, value_dim, key_dim = v.shape[1], v.shape[2], writes.shape[2]
     launch = TABLE.pick(v.device, "walk" if states is None else "states", key_dim, value_dim, v.dtype)
     tile = tile_of(value_dim, launch.tile, v.dtype)
     launch_kernel(
         walk_kernel,
-        splits.num_pieces * heads * cdiv(value_dim, tile),
+        walked.num_pieces * heads * cdiv(value_dim, tile),
         reads,
         writes,
         v,
@@ -206,9 +206,7 @@ def _walk(
         *starts.arguments(),
         final,
         piece_totals,
-        borders,
-        borders.stride(0),
-        splits.order,
+        *walked.arguments(),
         scale,
         HEADS=heads,
         K=key_dim,
@@ -243,7 +241,7 @@ def _starts(
     totals = torch.zeros(shape[:3], dtype=torch.float32, device=v.device)
     _walk(
         writes, v, prepared, splits, starts=FROM_ZEROS, final=increments, piece_totals=totals, reverse=reverse,
-        borders=splits.trailing if reverse else splits.leading,
+        walked=splits.handing_on(reverse=reverse),
     )  # fmt: skip
     joined, _ = join(increments, totals, initial_state, splits, reverse=reverse, want_final=False)
     return Starts(initial_state, joined, splits)

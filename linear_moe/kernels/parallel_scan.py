@@ -51,7 +51,7 @@ from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_gradients import scan_gradients
 from linear_moe.kernels.piece_reads import Pieces, read_pieces
 from linear_moe.kernels.results import Backward, Forward
-from linear_moe.kernels.splits import Ragged, Splits, split_length, whole
+from linear_moe.kernels.splits import Ragged, Splits, Walked, split_length, whole
 
 
 class Launch(NamedTuple):
@@ -237,16 +237,16 @@ def _run_states(
     final: Tensor | None = None,
     totals: Tensor | None = None,
     reverse: bool = False,
-    borders: Tensor | None = None,
+    walked: Walked | None = None,
 ) -> None:
     key_dim, value_dim = k.shape[2], v.shape[2]
     launch = TABLE.pick(v.device, DECAY_NAMES[plan.pieces.kind], key_dim, value_dim, k.dtype)
     k_tile = tile_of(key_dim, launch.key_tile, k.dtype)
     v_tile = tile_of(value_dim, launch.value_tile, k.dtype)
-    borders = plan.walks.borders if borders is None else borders
+    walked = walked or plan.walks.all
     launch_kernel(
         states_kernel,
-        plan.walks.num_pieces * plan.pieces.heads * cdiv(key_dim, k_tile) * cdiv(value_dim, v_tile),
+        walked.num_pieces * plan.pieces.heads * cdiv(key_dim, k_tile) * cdiv(value_dim, v_tile),
         k,
         v,
         plan.pieces.decays,
@@ -255,9 +255,7 @@ def _run_states(
         final,
         totals,
         plan.walks.begins,
-        borders,
-        borders.stride(0),
-        plan.walks.order,
+        *walked.arguments(),
         v.shape[0],
         HEADS=plan.pieces.heads,
         K_HEADS=k.shape[1],
@@ -295,7 +293,7 @@ def _states(
         totals = torch.empty(walks.num_pieces, plan.pieces.heads, dtype=torch.float32, device=k.device)
         _run_states(
             plan, k, v, starts=FROM_ZEROS, final=increments, totals=totals, reverse=reverse,
-            borders=walks.trailing if reverse else walks.leading,
+            walked=walks.handing_on(reverse=reverse),
         )  # fmt: skip
         joined, _ = join(increments, totals, initial_state, walks, reverse=reverse, want_final=False)
     states = new_states(plan.pieces.splits.num_pieces, k, v, k.dtype)

@@ -34,7 +34,7 @@ from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward, Forward
 from linear_moe.kernels.scalar_walks import scan_kernel, writes_kernel
-from linear_moe.kernels.splits import Ragged, Splits, split_length
+from linear_moe.kernels.splits import Ragged, Splits, Walked, split_length
 
 
 class Launch(NamedTuple):
@@ -148,11 +148,11 @@ def _scan(
     totals: Tensor | None = None,
     transposed_state: bool = False,
     other: Tensor | None = None,
-    borders: Tensor | None = None,
+    walked: Walked | None = None,
 ) -> Tensor | None:
     """Scan `q`, `k` `[S, *, K]` and `v` `[S, *, V]` along every piece into `output` and `final`, where given.
 
-    `borders` are the splits' own unless given.
+    `walked`: the pieces, all unless given.
 
     Returns `[tiles, H, S]` float32, to be summed over tiles: <output, other> without each token's own pair; None without
     `other`.
@@ -166,10 +166,10 @@ def _scan(
     overlap = None
     if other is not None:
         overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
-    borders = walk.splits.borders if borders is None else borders
+    walked = walked or walk.splits.all
     launch_kernel(
         scan_kernel,
-        walk.splits.num_pieces * walk.heads * tiles,
+        walked.num_pieces * walk.heads * tiles,
         q,
         k,
         v,
@@ -180,9 +180,7 @@ def _scan(
         totals,
         overlap,
         other,
-        borders,
-        borders.stride(0),
-        walk.splits.order,
+        *walked.arguments(),
         num_tokens,
         scale,
         state_scale,
@@ -218,7 +216,6 @@ def _writes(
     if want_decay:
         written = torch.empty(1, walk.heads, num_tokens, dtype=torch.float32, device=v.device)
     launch = WRITES_TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
-    borders = walk.splits.borders
     launch_kernel(
         writes_kernel,
         walk.splits.num_pieces * walk.heads,
@@ -232,9 +229,7 @@ def _writes(
         *starts.arguments(),
         final,
         written,
-        borders,
-        borders.stride(0),
-        walk.splits.order,
+        *walk.splits.all.arguments(),
         num_tokens,
         scale,
         HEADS=walk.heads,
@@ -264,7 +259,7 @@ def _starts(
     totals = torch.empty(shape[:2], dtype=torch.float32, device=k.device)
     _scan(
         walk, k, k, v, starts=FROM_ZEROS, state_scale=state_scale, reverse=reverse, final=increments, totals=totals,
-        borders=walk.splits.trailing if reverse else walk.splits.leading,
+        walked=walk.splits.handing_on(reverse=reverse),
     )  # fmt: skip
     joined, _ = join(increments, totals, initial_state, walk.splits, reverse=reverse, want_final=False)
     return Starts(initial_state, joined, walk.splits)

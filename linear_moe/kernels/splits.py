@@ -29,6 +29,24 @@ LEAST_GAIN = 3.0
 """Splitting walks most of a long segment twice: it must shorten the longest walk by more than this."""
 
 
+class Walked(NamedTuple):
+    """Pieces that a walk goes through."""
+
+    borders: Tensor
+    """`[P, 2]` int64, of all pieces; those that are emptied take no time."""
+    order: Tensor | None
+    """int64: which, one after another; None: all."""
+
+    @property
+    def num_pieces(self) -> int:
+        """How many they are."""
+        return self.borders.shape[0] if self.order is None else self.order.numel()
+
+    def arguments(self) -> tuple[Tensor, int, Tensor | None]:
+        """Of a kernel: the borders, from one to the next of them, and the order."""
+        return self.borders, self.borders.stride(0), self.order
+
+
 class Splits(NamedTuple):
     """P pieces of segments. A segment has at least one, so that its final state is made even if it is empty."""
 
@@ -39,11 +57,12 @@ class Splits(NamedTuple):
     owner: Tensor | None
     """`[P]` int64: the segment of each piece; the last one's for pieces past the last. None as above."""
     leading: Tensor | None
-    """`borders` with the last piece of every segment emptied: no start depends on what that does. None as above."""
+    """`[L]` int64: all pieces but the last of each segment, for no start depends on what that does; and, up to a bound that
+    sizes alone decide, one that is empty. None as above, and of pieces that others are made up of."""
     trailing: Tensor | None
-    """`borders` with the first piece emptied: the same backwards."""
+    """`[L]` int64: all but the first of each segment: the same backwards."""
     several: Tensor | None
-    """`borders` with the pieces of segments that have just one emptied."""
+    """`borders` with the pieces of segments that have just one emptied. None as above."""
     most: int
     """A bound on the pieces of a segment."""
     order: Tensor | None = None
@@ -60,6 +79,23 @@ class Splits(NamedTuple):
     def cut(self) -> bool:
         """Whether a segment may have several pieces."""
         return self.most > 1
+
+    @property
+    def all(self) -> Walked:
+        """Every piece."""
+        return Walked(self.borders, self.order)
+
+    @property
+    def of_cut_segments(self) -> Walked:
+        """Those of segments that have several."""
+        assert self.several is not None
+        return Walked(self.several, self.order)
+
+    def handing_on(self, *, reverse: bool = False) -> Walked:
+        """Those that another starts from, forwards or backwards in time."""
+        order = self.trailing if reverse else self.leading
+        assert order is not None
+        return Walked(self.borders, order)
 
     def ends(self, states: Tensor, *, reverse: bool = False) -> Tensor:
         """Of the states `[P, ...]` after each piece, those after each segment's last, or in reverse its first: `[N, ...]`."""
@@ -163,8 +199,8 @@ def _uniform_pieces(num_segments: int, segment_length: int, length: int, device:
     owner, place = piece // each, piece % each
     start = owner * segment_length + place * length
     borders = torch.stack((start, torch.minimum(start + length, (owner + 1) * segment_length)), -1)
-    kept = (place + 1 < each, place > 0, (place >= 0) & (each > 1))
-    leading, trailing, several = (torch.where(which[:, None], borders, 0) for which in kept)
+    leading, trailing = (piece[which] for which in (place + 1 < each, place > 0))
+    several = borders if each > 1 else torch.zeros_like(borders)
     first = torch.arange(num_segments + 1, device=device) * each
     return Splits(borders, first, owner, leading, trailing, several, each)
 
@@ -178,8 +214,8 @@ def _uniform_begins(num_segments: int, segment_length: int, length: int, smaller
 
 
 def num_pieces(num_tokens: int, num_segments: int, length: int) -> int:
-    """A bound on the pieces of `length` tokens, from sizes alone: of each segment, one piece at most is not full."""
-    return num_tokens // length + num_segments
+    """A bound on the pieces of `length` tokens, from sizes alone: one of each segment may not be full, and one is empty."""
+    return num_tokens // length + num_segments + 1
 
 
 @triton.jit
@@ -235,10 +271,12 @@ def _first_kernel(
 
 @triton.jit
 def _cut_kernel(
-    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, order_ptr, begins_ptr, num_segments, count, next_count,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    cu_seqlens_ptr, first_ptr, length_ptr, borders_ptr, owner_ptr, order_ptr, leading_ptr, trailing_ptr, begins_ptr,
+    num_segments, count, next_count, num_listed, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some pieces of a cut. `order` is of the last, `begins` of the second: with which of the first's pieces each begins."""
+    """Some pieces of a cut. `order`, `leading` and `trailing` are of the last, `begins` of the second: with which of the
+    first's pieces each begins.
+    """
     blocks = tl.cdiv(count, BLOCK)
     cut = tl.where(tl.program_id(0) < blocks, 0, 1)
     num_pieces = tl.where(cut == 0, count, next_count)
@@ -261,16 +299,23 @@ def _cut_kernel(
     after = tl.load(cut_first_ptr + low + 1, mask=exists, other=0)
     start = begin + (piece - first) * length
     stop = tl.minimum(start + length, end)
-    kept = (inside, inside & (piece + 1 < after), inside & (piece > first), inside & (after - first > 1))
     before = cut.to(tl.int64) * count
-    for kind in tl.static_range(4):
-        at = 2 * (4 * before + kind * num_pieces + piece)
-        tl.store(borders_ptr + at, tl.where(kept[kind], start, 0), mask=exists)
-        tl.store(borders_ptr + at + 1, tl.where(kept[kind], stop, 0), mask=exists)
+    for kind in tl.static_range(2):
+        kept = inside if kind == 0 else inside & (after - first > 1)
+        at = 2 * (2 * before + kind * num_pieces + piece)
+        tl.store(borders_ptr + at, tl.where(kept, start, 0), mask=exists)
+        tl.store(borders_ptr + at + 1, tl.where(kept, stop, 0), mask=exists)
     tl.store(owner_ptr + before + piece, low, mask=exists)
-    if order_ptr is not None:
-        ordered = tl.where((next_count == 0) | (cut == 1), num_pieces, 0)
-        tl.store(order_ptr + piece, piece, mask=(piece >= num_segments) & (piece < ordered))
+    if (next_count == 0) | (cut == 1):
+        if order_ptr is not None:
+            tl.store(order_ptr + piece, piece, mask=exists & (piece >= num_segments))
+        # Each segment before has one piece that is not listed.
+        turn = piece - low
+        tl.store(leading_ptr + turn, piece, mask=inside & (piece + 1 < after) & (turn < num_listed))
+        tl.store(trailing_ptr + turn - 1, piece, mask=inside & (piece > first) & (turn <= num_listed))
+        spare = (piece >= tl.load(cut_first_ptr + num_segments) - num_segments) & (piece < num_listed)
+        tl.store(leading_ptr + piece, num_pieces - 1, mask=spare)
+        tl.store(trailing_ptr + piece, num_pieces - 1, mask=spare)
     if begins_ptr is not None:
         smaller = tl.load(first_ptr + low, mask=exists, other=0) + (start - begin) // tl.load(length_ptr)
         tl.store(begins_ptr + piece, tl.minimum(smaller, count - 1), mask=piece < tl.where(cut == 1, num_pieces, 0))
@@ -291,8 +336,10 @@ def _cut(cu_seqlens: Tensor, num_tokens: int, max_length: int, *cuts: Cut) -> li
     counts = [num_pieces(num_tokens, num_segments, cut.length) for cut in cuts]
     count, next_count = (*counts, 0)[:2]
     first, chosen = cu_seqlens.new_empty(len(cuts), num_segments + 1), cu_seqlens.new_empty(len(cuts))
-    owner, borders = cu_seqlens.new_empty(sum(counts)), cu_seqlens.new_empty(4 * sum(counts), 2)
+    owner, borders = cu_seqlens.new_empty(sum(counts)), cu_seqlens.new_empty(2 * sum(counts), 2)
     order = cu_seqlens.new_empty(counts[-1]) if cuts[-1].whole and num_segments <= MOST_ORDERED else None
+    # One that is not the last of its segment is full.
+    leading, trailing = (cu_seqlens.new_empty(num_tokens // cuts[-1].length) for _ in range(2))
     begins = cu_seqlens.new_empty(next_count) if next_count else None
     block = block_of(num_segments)
     launch_kernel(
@@ -301,16 +348,17 @@ def _cut(cu_seqlens: Tensor, num_tokens: int, max_length: int, *cuts: Cut) -> li
     )  # fmt: skip
     launch_kernel(
         _cut_kernel, sum(cdiv(count, PIECES_BLOCK) for count in counts), cu_seqlens, first, chosen, borders, owner, order,
-        begins, num_segments, count, next_count, STEPS=num_segments.bit_length(), BLOCK=PIECES_BLOCK,
+        leading, trailing, begins, num_segments, count, next_count, leading.numel(), STEPS=num_segments.bit_length(),
+        BLOCK=PIECES_BLOCK,
     )  # fmt: skip
     splits, before = [], 0
     for number, (cut, count) in enumerate(zip(cuts, counts, strict=True)):
-        kinds = borders[4 * before : 4 * (before + count)].unflatten(0, (4, -1))
+        every, several = borders[2 * before : 2 * (before + count)].unflatten(0, (2, -1))
         most, is_last = max(cdiv(max_length, cut.length), 1), number == len(cuts) - 1
         splits.append(
             Splits(
-                kinds[0], first[number], owner[before : before + count], kinds[1], kinds[2], kinds[3], most,
-                order if is_last else None, begins if number else None,
+                every, first[number], owner[before : before + count], leading if is_last else None,
+                trailing if is_last else None, several, most, order if is_last else None, begins if number else None,
             )
         )  # fmt: skip
         before += count
