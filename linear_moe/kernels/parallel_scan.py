@@ -188,7 +188,7 @@ def states_kernel(
             tl.store(total_ptr + walk * HEADS + head, all_decay / LOG2E)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What all launches of one call have in common."""
 
     pieces: Pieces
@@ -216,7 +216,8 @@ def piece_length(k: Tensor) -> int:
     return piece_reads.choose_launch(k.dtype).piece
 
 
-def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> _Plan:
+def plan_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> Plan:
+    """Pieces, whose log decays are summed up, and walks."""
     num_tokens = v.shape[0]
     piece = piece_length(k)
     pieces, walks = ragged.cut_twice(num_tokens, piece, walk_length(k, v, ragged))
@@ -224,11 +225,11 @@ def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: 
         assert log_decay is not None
         log_decay = chunk_sums(log_decay, pieces.borders, piece, exact=k.dtype == torch.float32)
     in_full = ragged.in_full(num_tokens, piece)
-    return _Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks)
+    return Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks)
 
 
 def _run_states(
-    plan: _Plan,
+    plan: Plan,
     k: Tensor,
     v: Tensor,
     *,
@@ -276,8 +277,23 @@ def _run_states(
     )
 
 
+def starts_of(plan: Plan, k: Tensor, v: Tensor, initial_state: Tensor | None, *, reverse: bool = False) -> Starts:
+    """The states that walks start from: of cut segments, what each part but the last writes, then the join."""
+    walks = plan.walks
+    if not walks.cut:
+        return Starts(initial_state)
+    increments = new_states(walks.num_pieces, k, v)
+    totals = torch.empty(walks.num_pieces, plan.pieces.heads, dtype=torch.float32, device=k.device)
+    _run_states(
+        plan, k, v, starts=FROM_ZEROS, final=increments, totals=totals, reverse=reverse,
+        walked=walks.handing_on(reverse=reverse),
+    )  # fmt: skip
+    joined, _ = join(increments, totals, initial_state, walks, reverse=reverse, want_final=False)
+    return Starts(initial_state, joined, walks)
+
+
 def _states(
-    plan: _Plan,
+    plan: Plan,
     k: Tensor,
     v: Tensor,
     initial_state: Tensor | None,
@@ -287,18 +303,9 @@ def _states(
 ) -> tuple[Tensor, Tensor | None]:
     """The state before each piece `[P, H, K, V]` in the dtype of k (in reverse: after it); each segment's last, if wanted."""
     walks = plan.walks
-    joined = None
-    if walks.cut:
-        increments = new_states(walks.num_pieces, k, v)
-        totals = torch.empty(walks.num_pieces, plan.pieces.heads, dtype=torch.float32, device=k.device)
-        _run_states(
-            plan, k, v, starts=FROM_ZEROS, final=increments, totals=totals, reverse=reverse,
-            walked=walks.handing_on(reverse=reverse),
-        )  # fmt: skip
-        joined, _ = join(increments, totals, initial_state, walks, reverse=reverse, want_final=False)
+    starts = starts_of(plan, k, v, initial_state, reverse=reverse)
     states = new_states(plan.pieces.splits.num_pieces, k, v, k.dtype)
     ends = new_states(walks.num_pieces, k, v) if final else None
-    starts = Starts(initial_state, joined, walks)
     _run_states(plan, k, v, starts=starts, states=states, final=ends, reverse=reverse)
     return states, None if ends is None else walks.ends(ends, reverse=reverse)
 
@@ -316,7 +323,7 @@ def forward(
     want_final: bool,
 ) -> Forward:
     """As `linear_moe.kernels.scalar_scan.forward`; `starts` are the states before each piece."""
-    plan = _plan(k, v, log_decay, decay, ragged)
+    plan = plan_of(k, v, log_decay, decay, ragged)
     states, final = _states(plan, k, v, initial_state, final=want_final)
     output = torch.empty_like(v)
     read_pieces(plan.pieces, q, k, v, states, output, scale=scale, weights=None)
@@ -341,7 +348,7 @@ def backward(
     want_decay: bool,
 ) -> Backward:
     """As `linear_moe.kernels.scalar_scan.backward`."""
-    plan = _plan(k, v, log_decay, decay, ragged)
+    plan = plan_of(k, v, log_decay, decay, ragged)
     # What the queries ask is written to the states' gradients without the scale, or float16 might not hold it.
     unscaled = None if d_final is None else d_final / scale
     ends, d_initial = _states(plan, q, d_output, unscaled, final=initial_state is not None, reverse=True)

@@ -117,7 +117,7 @@ BUGS = {
     "the state of the piece before": (SCALAR, Bug(parallel_scan, FIRST, FIRST + " - (chunk * CHUNK // PIECE > 0)")),
     "a state that is stored a chunk late": (SCALAR, Bug(parallel_scan, "else in_piece == 0", "else in_piece == CHUNK")),
     "a state transposed": (SCALAR, Bug(piece_reads, "V, TRANSPOSED_STATE)", "V, not TRANSPOSED_STATE)")),
-    "a split's carry lost": (CUT, Bug(parallel_scan, "joined, _ = join(", "_, _ = join(")),
+    "a split's carry lost": (CUT, Bug(parallel_scan, "joined, _ = join(", "_, joined = join(")),
     "a walk begins with another's piece": (SCALAR, Bug(parallel_scan, "tl.load(first_piece_ptr + walk)", "walk")),
     "a token's own pair added twice": (
         SCALAR,
