@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime.errors import OutOfResources
@@ -44,7 +46,8 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
     if compiled is None:
         constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
         assert [parameter.name for parameter in kernel.params[len(arguments) :]] == constants, "constants by name, last"
-        made = _launch_what_fits(kernel, grid, arguments, options)
+        # Whether it needs scratch is not known before it is compiled.
+        made = _with_scratch(_launch_what_fits)(kernel, grid, arguments, options)
         # A hook of Triton's may have kept it from being compiled.
         if made is not None:
             _compiled[key] = _Compiled(made, tuple([options[name] for name in constants]))
@@ -69,18 +72,39 @@ def _launch_what_fits(
             options = {**options, "num_stages": stages - 1}
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of a launch, where descriptors of tensors are written that a kernel makes itself. torch gives it to what comes
+    after on the same stream, or in the same captured graph.
+    """
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_scratch(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches that find `_scratch`: Triton asks a context variable for it, which is empty in every new thread, as autograd's
+    are, and is the caller's own outside.
+    """
+
+    def launch_in_context(*arguments: Any) -> Any:
+        triton.set_allocator(_scratch)
+        return launch(*arguments)
+
+    return lambda *arguments: contextvars.copy_context().run(launch_in_context, *arguments)
+
+
 class _Compiled:
     """A kernel that Triton has compiled and loaded."""
 
     def __init__(self, kernel: Any, constants: tuple[object, ...]) -> None:
         self.kernel, self.constants = kernel, constants
-        self.run, self.handles = kernel.run, (kernel.function, kernel.packed_metadata)
+        needs_scratch = kernel.metadata.global_scratch_size > 0
+        self.run = _with_scratch(kernel.run) if needs_scratch else kernel.run
+        self.handles = (kernel.function, kernel.packed_metadata)
 
     def launch(self, grid: int, device: int, arguments: tuple[Tensor | int | float | None, ...]) -> None:
         """As `kernel[(grid, 1, 1)](...)` does, but what a profiler is told is made only where one listens."""
         runtime = knobs.runtime
         if _listens(runtime.launch_enter_hook) or _listens(runtime.launch_exit_hook):
-            self.kernel[(grid, 1, 1)](*arguments, *self.constants)
+            _with_scratch(self.kernel[(grid, 1, 1)])(*arguments, *self.constants)
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         self.run(grid, 1, 1, stream, *self.handles, None, None, None, *arguments, *self.constants)

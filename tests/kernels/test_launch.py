@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from triton import knobs
+from triton.runtime import _allocation
 from triton.runtime.errors import OutOfResources
 
 from linear_moe.kernels import launch
@@ -17,7 +21,8 @@ class Kernel:
 
     function, packed_metadata = "function", "metadata"
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: int = 0) -> None:
+        self.metadata = SimpleNamespace(global_scratch_size=scratch)
         self.ran: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
 
@@ -52,6 +57,57 @@ def test_a_hook_is_told(name: str) -> None:
         chain.remove(hook)
     assert kernel.launched == [((3, 1, 1), 2, 5)]
     assert not kernel.ran
+
+
+class Scratched(Kernel):
+    """It asks for scratch as Triton's launchers do."""
+
+    params = ()
+
+    def __init__(self) -> None:
+        super().__init__(scratch=384)
+        self.found: list[Tensor] = []
+
+    def run(self, *arguments: Any) -> None:
+        self.found.append(_allocation._allocator.get()(384, 128, None))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launched(*arguments: Any, **options: Any) -> Kernel:
+            self.run()
+            return self
+
+        return launched
+
+
+def test_scratch_is_found_in_every_thread_and_left_to_others_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_scratch", lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
+    kernel, before = Scratched(), _allocation._allocator.get()
+
+    def run() -> None:
+        # First by Triton's own launch, then straight, then as a hook wants it.
+        launch.launch_kernel(kernel, 3, None)
+        launch.launch_kernel(kernel, 3, None)
+        chain = knobs.runtime.launch_enter_hook
+        chain.add(print)
+        try:
+            launch.launch_kernel(kernel, 3, None)
+        finally:
+            chain.remove(print)
+        launch._compiled.clear()
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert [x.numel() for x in kernel.found] == [384] * 6
+    assert _allocation._allocator.get() is before
+
+
+def test_without_scratch_a_kernel_is_run_by_what_triton_made() -> None:
+    kernel = Kernel()
+    assert launch._Compiled(kernel, ()).run == kernel.run
 
 
 class Large:
