@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.forms import Decay
-from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan
+from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan, wide_scan
 from linear_moe.kernels.compile_ahead import compile_ahead
 from linear_moe.kernels.operator import differentiable, operator, wants_gradients
 from linear_moe.kernels.splits import Ragged
@@ -72,18 +72,20 @@ def _scan_starts_like(k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
 @operator("scalar_scan")
 def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
-    max_length: int, dense: bool, scale: float, want_final: bool, decay: str,
+    max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     ragged, kernels = Ragged(cu_seqlens, max_length, dense), _scan_of(k, v)
 
     def forward() -> Any:
-        return kernels.forward(
+        # Of wide heads a walk that leaves nothing for a backward pass is the faster one.
+        module = kernels if keep or not wide_scan.takes(q, k, v) else wide_scan
+        return module.forward(
             q, k, v, log_decay, initial_state, ragged, decay=Decay(decay), scale=scale, want_final=want_final
         )
 
     def both() -> None:
         starts = forward().starts
-        if q.requires_grad or k.requires_grad or v.requires_grad:
+        if keep:
             want_decay = log_decay is not None and log_decay.requires_grad
             kernels.backward(
                 torch.empty_like(v), None, q, k, v, log_decay, initial_state, starts, ragged, decay=Decay(decay),
@@ -91,19 +93,19 @@ def _scalar(
             )  # fmt: skip
 
     with torch.cuda.device_of(v):
-        kind = _kind("scalar_scan", q, k, v, log_decay, initial_state, ragged, want_final, decay)
+        kind = _kind("scalar_scan", q, k, v, log_decay, initial_state, ragged, want_final, decay, keep)
         compile_ahead(v.device, kind, both)
         made = forward()
-    return made.output, _or_empty(made.final_state, v), _or_empty(made.starts, v)
+    return made.output, _or_empty(made.final_state, v), _or_empty(made.starts if keep else None, v)
 
 
 @torch.library.register_fake("linear_moe::scalar_scan")
-def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay):
+def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay, keep):
     ragged = Ragged(cu_seqlens, max_length, dense)
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
-        _scan_starts_like(k, v, ragged),
+        _scan_starts_like(k, v, ragged) if keep else _or_empty(None, v),
     )
 
 
@@ -146,7 +148,7 @@ def _(
 
 
 def _keep_for_scalar(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay = inputs
+    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
@@ -157,7 +159,7 @@ def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None,
         *_given(ctx, d_output, d_final), *ctx.saved_tensors, ctx.max_length, ctx.dense,
         ctx.scale, want_decay, ctx.decay,
     )  # fmt: skip
-    return (*dqkv, _or_none(d_decay), _or_none(d_initial), None, None, None, None, None, None)
+    return (*dqkv, _or_none(d_decay), _or_none(d_initial), *(None,) * 7)
 
 
 differentiable(_scalar, _keep_for_scalar, _scalar_gradients, ahead=False)
@@ -392,5 +394,6 @@ def scan(
         keep = wants_gradients((q, k, v, log_decay, initial_state))
         output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:
-        output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value)
+        keep = wants_gradients((q, k, v, log_decay, initial_state))
+        output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value, keep)
     return output, final_state if return_final_state else None

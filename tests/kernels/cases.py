@@ -63,6 +63,8 @@ class Case:
     """Whether to ask for the final state."""
     used: tuple[str, ...] = ("output", "final_state")
     """What the loss sees."""
+    learns: bool = True
+    """Whether gradients are wanted: without, inference's kernels run."""
     dtype: torch.dtype = torch.float32
 
     @property
@@ -158,7 +160,7 @@ def results(
     dtype: torch.dtype | None = None,
     seed_of_spare: float | None = None,
 ) -> dict[str, Tensor]:
-    """What `run` makes of the inputs in `dtype` (the case's unless given), and its gradients, `d_` before their names.
+    """What `run` makes of the inputs in `dtype` (the case's unless given), and, if wanted, gradients, `d_` before their names.
 
     The same loss every time; `seed_of_spare` is its gradient at the output's rows that are in no segment, drawn unless given.
     """
@@ -168,10 +170,12 @@ def results(
     wanted = {
         name: x.requires_grad_()
         for name, x in tensors.items()
-        if name != "log_decay" or case.form.decay is not Decay.HEAD
+        if case.learns and (name != "log_decay" or case.form.decay is not Decay.HEAD)
     }
     output, final_state = run(case, tensors)
     made = {"output": output} | ({} if final_state is None else {"final_state": final_state})
+    if not case.learns:
+        return made
     # Without a token the output depends on nothing.
     used = [name for name in case.used if name in made and made[name].requires_grad]
     generator = torch.Generator(DEVICE).manual_seed(1)
@@ -202,7 +206,7 @@ def check(case: Case, inputs: Mapping[str, Tensor] | None = None, terms: Terms |
     candidate = results(kernels, case, inputs)
     reference, exact = results(chunked, case, inputs), results(chunked, case, inputs, torch.float64)
     larger = {} if terms is None else dict(terms(exact))
-    if case.form.decay is Decay.SCALAR:
+    if case.learns and case.form.decay is Decay.SCALAR:
         larger.setdefault("d_log_decay", decay_gradient_terms(inputs["v"], exact["d_v"], case.cu_seqlens))
     assert_within_budget(candidate, reference, exact, case.dtype, larger)
 
@@ -238,12 +242,12 @@ def cases(draw: st.DrawFn, form: Recurrence, dtype: torch.dtype) -> Case:
     )
 
 
-def check_drawn(form: Recurrence, dtype: torch.dtype) -> None:
-    """Drawn cases are within the budget."""
+def check_drawn(form: Recurrence, dtype: torch.dtype, change: Callable[[Case], Case] = lambda case: case) -> None:
+    """Drawn cases, changed, are within the budget."""
 
     @settings(max_examples=num_examples(dtype))
     @given(cases(form, dtype))
     def holds(case: Case) -> None:
-        check(case)
+        check(change(case))
 
     holds()

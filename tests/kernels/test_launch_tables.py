@@ -30,6 +30,7 @@ from linear_moe.kernels import (
     piece_gradients,
     piece_reads,
     scalar_scan,
+    wide_scan,
 )
 from linear_moe.kernels.launch_findings import Finding, LaunchFindingsWarning, Machine
 from linear_moe.kernels.launch_tables import LaunchTable, trying
@@ -186,7 +187,7 @@ def arguments_of(
         entries += [(scalar_scan.TABLE, (name, decay, *way, dtype)) for name in made for way in ways]
         entries += [(scalar_scan.WRITES_TABLE, (decay, K, V, dtype))]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
-        entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype))]
+        entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype)), (wide_scan.TABLE, (decay, K, V, dtype))]
     if form.decay is not Decay.VECTOR:
         kernels = ("scan",) if form.erase is Erase.NONE else ("writes", "reads")
         entries += [(piece_gradients.TABLE, (name, decay, K, V, dtype)) for name in kernels]
@@ -252,7 +253,7 @@ def test_passes_and_fakes_agree_under_findings(name: str, stored: bool, monkeypa
     case = Case(form, (106,), K=20, V=68 if name == "gla" else 36, rate=0.1)
     assert stored or piece_length(case) == 32
     tensors = {x: y.requires_grad_() for x, y in draw(case).items()}
-    last = (True,) if name == "gla" else (form.decay.value, True) if "beta" in tensors else (form.decay.value,)
+    last = (True,) if name == "gla" else (form.decay.value, True)
     order = [x for x in ("q", "k", "v", "log_decay", "beta", "initial_state") if x in tensors]
 
     def forward(mode: FakeTensorMode | None = None) -> Any:

@@ -48,7 +48,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
         return (*qkv, decay, inputs["beta"], state, *rest, case.form.decay.value, True)
     if case.form.decay is Decay.VECTOR:
         return (*qkv, decay, state, *rest, True)
-    return (*qkv, decay, state, *rest, case.form.decay.value)
+    return (*qkv, decay, state, *rest, case.form.decay.value, True)
 
 
 OPERATORS = {"scalar_scan": library._scalar, "gated_deltanet": library._delta, "gla": library._vector}
