@@ -1,4 +1,4 @@
-"""A forward and backward pass of a form's scan, to tune its kernels at."""
+"""A forward and backward pass of a form's scan, and a forward pass alone, to tune its kernels at."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from linear_moe.kernels import (
     piece_reads,
     scalar_scan,
     scalar_walks,
+    wide_scan,
 )
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
@@ -40,7 +41,9 @@ DELTA_GRADIENTS = {"writes": piece_gradients.delta_writes_kernel, "reads": piece
 
 
 class ScanWork:
-    """A forward and a backward pass over whole sequences; checked on ragged segments, with initial and final states."""
+    """A forward and a backward pass over whole sequences, and where another kernel makes it a forward pass without gradients;
+    checked on ragged segments, with initial and final states.
+    """
 
     def __init__(
         self, form: Recurrence, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, *, tokens: int,
@@ -77,7 +80,8 @@ class ScanWork:
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
-            return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel})]
+            alone = Entry(wide_scan.TABLE, (decay, K, V, self.dtype), wide_scan.wide_scan_kernel, sizes)
+            return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel}), alone]
         together = scalar_scan.writes_together(K, V, self.dtype)
         with_decay = self.form.decay is Decay.SCALAR
         # Whether an overlap is made, whether back in time, and what is walked as keys and values: of o, of dq, and of dk and dv
@@ -114,19 +118,30 @@ class ScanWork:
 
     def run(self) -> None:
         """Forward and backward, without states."""
-        self._kernels(self._timed, self._length, states=False, dense=self.tokens % self._length == 0)
+        dense = self.tokens % self._length == 0
+        for learns in self._passes:
+            self._kernels(self._timed, self._length, states=False, dense=dense, learns=learns)
 
     def check(self) -> dict[str, Tensor]:
         """The output, the final state, and the gradient of every input."""
-        made = self._kernels(self._ragged, max(self.checked), states=True, dense=False)
-        if self._in_full:
-            full = self._kernels(self._full, max(FULL), states=True, dense=True)
-            made |= {f"{name}, in full": x for name, x in full.items()}
+        made: dict[str, Tensor] = {}
+        for learns in self._passes:
+            each = self._kernels(self._ragged, max(self.checked), states=True, dense=False, learns=learns)
+            if self._in_full:
+                full = self._kernels(self._full, max(FULL), states=True, dense=True, learns=learns)
+                each |= {f"{name}, in full": x for name, x in full.items()}
+            made |= each if learns else {f"{name}, alone": x for name, x in each.items()}
         return made
 
     def exact(self) -> dict[str, Tensor]:
         """The chunked form's."""
         return self._exact
+
+    @property
+    def _passes(self) -> tuple[bool, ...]:
+        """Whether gradients are wanted, of the passes that kernels of their own make."""
+        alone = self.form.erase is Erase.NONE and self.form.decay is not Decay.VECTOR
+        return (True, False) if alone and piece_reads.takes(self.key_dim, self.value_dim, self.dtype) else (True,)
 
     @property
     def _length(self) -> int:
@@ -177,7 +192,9 @@ class ScanWork:
         inputs["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], device=self.device)
         return inputs
 
-    def _kernels(self, inputs: dict[str, Tensor], max_length: int, *, states: bool, dense: bool) -> dict[str, Tensor]:
+    def _kernels(
+        self, inputs: dict[str, Tensor], max_length: int, *, states: bool, dense: bool, learns: bool
+    ) -> dict[str, Tensor]:
         given: dict[str, Any] = {
             name: inputs.get(name) if states or name != "initial_state" else None
             for name in ("q", "k", "v", "log_decay", "beta", "initial_state")
@@ -185,7 +202,7 @@ class ScanWork:
         learned = {
             name: x.detach().requires_grad_()
             for name, x in given.items()
-            if x is not None and (name != "log_decay" or x.dim() > 1)
+            if learns and x is not None and (name != "log_decay" or x.dim() > 1)
         }
         output, final_state = library.scan(
             **given | learned, decay=self.form.decay, scale=self.key_dim**-0.5, cu_seqlens=inputs["cu_seqlens"],
@@ -198,6 +215,8 @@ class ScanWork:
         exact = self._chunked(self._ragged, max(self.checked))
         if self._in_full:
             exact |= {f"{name}, in full": x for name, x in self._chunked(self._full, max(FULL)).items()}
+        if False in self._passes:
+            exact |= {f"{name}, alone": x for name, x in exact.items() if not name.startswith("d_")}
         return exact
 
     def _chunked(self, inputs: dict[str, Tensor], max_length: int) -> dict[str, Tensor]:
@@ -223,6 +242,8 @@ def _with_gradients(
     output: Tensor, final_state: Tensor | None, learned: dict[str, Tensor], inputs: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     made = {"output": output} | ({} if final_state is None else {"final_state": final_state})
+    if not learned:
+        return made
     seeds = [inputs[f"d_{name}"].to(x.dtype) for name, x in made.items()]
     gradients = torch.autograd.grad(list(made.values()), list(learned.values()), seeds)
     named = {f"d_{name}": x for name, x in zip(learned, gradients, strict=True)}

@@ -249,11 +249,16 @@ def test_a_real_kernel_is_searched() -> None:
 
 
 @in_the_interpreter
+@pytest.mark.parametrize("stored", [False, True], ids=["walked", "stored states"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_whole_chunks_are_checked_where_they_are_timed(form: Recurrence) -> None:
+def test_whole_chunks_are_checked_where_they_are_timed(
+    form: Recurrence, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
     work = ScanWork(form, 16, 16, torch.float32, CPU, tokens=512, heads=1, checked=(9, 0, 3))
     made, exact = work.check(), work.exact()
     assert made.keys() == exact.keys() and "output, in full" in made
+    assert ("output, in full, alone" in made) == (stored and form is FORMS[0])
     for name, x in exact.items():
         scale = float(x.abs().max()) + 1.0
         torch.testing.assert_close(made[name].double() / scale, x / scale, rtol=0, atol=1e-5)
