@@ -76,7 +76,7 @@ class Compiler:
 
 
 def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -> None:
-    """Forward and backward as a layer in bfloat16 does it."""
+    """Forward and backward as a layer in bfloat16 does it, and forward alone."""
     tokens, heads = batch * length, 2
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,10 +87,16 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
     inputs["log_decay"] = zeros(*decays[form.decay]) if form.decay in decays else None
     inputs["beta"] = zeros(tokens, heads) if form.erase is Erase.DELTA else None
     inputs["initial_state"] = zeros(batch, heads, dim, dim) if states else None
-    output, final_state = library.scan(
-        **inputs, decay=form.decay, scale=dim**-0.5, cu_seqlens=length * torch.arange(batch + 1), max_length=length,
-        dense=True, return_final_state=states,
-    )  # fmt: skip
+
+    def forward() -> tuple[Tensor, Tensor | None]:
+        return library.scan(
+            **inputs, decay=form.decay, scale=dim**-0.5, cu_seqlens=length * torch.arange(batch + 1), max_length=length,
+            dense=True, return_final_state=states,
+        )  # fmt: skip
+
+    with torch.no_grad():
+        forward()
+    output, final_state = forward()
     loss = output.float().sum() + (0.0 if final_state is None else final_state.sum())
     learned = [x for n, x in inputs.items() if x is not None and not (n == "log_decay" and form.decay is Decay.HEAD)]
     torch.autograd.grad(loss, learned)
