@@ -309,7 +309,8 @@ def _by_head_kernel(
         by_token = (start + rows)[:, None] * HEADS + heads[None, :]
         by_head = heads[None, :].to(tl.int64) * num_tokens + (start + rows)[:, None]
         if beta_ptr is not None:
-            tl.store(by_head_ptr + by_head, tl.load(beta_ptr + by_token, mask=mask, other=0.0), mask=mask)
+            beta = tl.load(beta_ptr + by_token, mask=mask, other=0.0)
+            tl.store(by_head_ptr + by_head, beta.to(by_head_ptr.dtype.element_ty), mask=mask)
         if decay_ptr is not None:
             each = to_base_2(tl.load(decay_ptr + by_token, mask=mask, other=0.0).to(sums_ptr.dtype.element_ty))
             tl.store(sums_ptr + by_head, tl.cumsum(each, 0), mask=mask)
@@ -326,12 +327,13 @@ class GatesByHead(NamedTuple):
     inner: Tensor | None
     """The same along every chunk."""
     beta: Tensor | None
+    """float32"""
 
 
 def gates_by_head(
     log_decay: Tensor | None, beta: Tensor | None, borders: Tensor, piece: int, *, chunk: int | None = None, exact: bool
 ) -> GatesByHead:
-    """Scalar log decays `[S, H]` summed, and strengths `[S, H]` turned, in one pass. What is not given is not made.
+    """Scalar log decays `[S, H]` summed, and strengths `[S, H]` of any dtype turned, in one pass; what is given.
 
     A difference of sums is a small number made of large ones: `exact` results need it in float64. `borders` are those of the
     pieces, of `piece` tokens, which is a multiple of `chunk`.
@@ -343,7 +345,8 @@ def gates_by_head(
 
     sums = None if log_decay is None else log_decay.new_empty(heads, num_tokens, dtype=wide)
     inner = None if sums is None or chunk is None else torch.empty_like(sums)
-    made = GatesByHead(sums, inner, None if beta is None else beta.new_empty(heads, num_tokens))
+    turned = None if beta is None else beta.new_empty(heads, num_tokens, dtype=torch.float32)
+    made = GatesByHead(sums, inner, turned)
     launch_kernel(
         _by_head_kernel,
         borders.shape[0],

@@ -313,7 +313,8 @@ def _delta_backward(
             d_output, d_final, q, k, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
             decay=Decay(decay), scale=scale,
         )  # fmt: skip
-    return made.q, made.k, made.v, _or_empty(made.log_decay, q), made.beta, _or_empty(made.initial_state, q)
+    d_beta = made.beta.to(beta.dtype)
+    return made.q, made.k, made.v, _or_empty(made.log_decay, q), d_beta, _or_empty(made.initial_state, q)
 
 
 @torch.library.register_fake("linear_moe::gated_deltanet_backward")
@@ -388,7 +389,7 @@ def scan(
     where = (cu_seqlens, max_length, dense, scale, return_final_state)
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
-        given = (q, k, v, log_decay, beta.float().contiguous(), initial_state)
+        given = (q, k, v, log_decay, beta.contiguous(), initial_state)
         output, final_state, *_ = _delta(*given, *where, decay.value, wants_gradients(given))
     elif decay is Decay.VECTOR:
         keep = wants_gradients((q, k, v, log_decay, initial_state))
