@@ -26,9 +26,9 @@ from linear_moe.kernels.blocks import (
     LOG2E,
     NO_DECAY,
     cdiv,
-    chunk_sums,
     decay_between,
     decay_of,
+    gates_by_head,
     load_rows,
     load_start,
     new_states,
@@ -195,6 +195,8 @@ class Plan(NamedTuple):
     """A walk is a multiple of a piece: pieces of segments are pieces of walks."""
     walks: Splits
     """Of the first step: segments, or what long ones are cut into."""
+    inner: Tensor | None
+    """`[H, S]` the sums of scalar log decays from each chunk's start, where they are wanted."""
 
 
 def walk_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -216,16 +218,19 @@ def piece_length(k: Tensor) -> int:
     return piece_reads.choose_launch(k.dtype).piece
 
 
-def plan_of(k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged) -> Plan:
-    """Pieces, whose log decays are summed up, and walks."""
+def plan_of(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged, *, chunk: int | None = None
+) -> Plan:
+    """Pieces, whose log decays are summed up, along chunks too if they have a length, and walks."""
     num_tokens = v.shape[0]
     piece = piece_length(k)
     pieces, walks = ragged.cut_twice(num_tokens, piece, walk_length(k, v, ragged))
+    inner = None
     if decay is Decay.SCALAR:
-        assert log_decay is not None
-        log_decay = chunk_sums(log_decay, pieces.borders, piece, exact=k.dtype == torch.float32)
+        exact = k.dtype == torch.float32
+        log_decay, inner, _ = gates_by_head(log_decay, None, pieces.borders, piece, chunk=chunk, exact=exact)
     in_full = ragged.in_full(num_tokens, piece)
-    return Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks)
+    return Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks, inner)
 
 
 def _run_states(

@@ -28,7 +28,6 @@ the same numbers by up to `LIMIT` powers of 2, which bfloat16 and float32 have r
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -39,7 +38,6 @@ from torch import Tensor
 from linear_moe.forms import Decay
 from linear_moe.kernels import piece_reads
 from linear_moe.kernels.blocks import (
-    DECAY_NAMES,
     HEAD_DECAY,
     NO_DECAY,
     SCALAR_DECAY,
@@ -60,19 +58,14 @@ from linear_moe.kernels.blocks import (
     walk_at,
     zero_uncovered,
 )
+from linear_moe.kernels.descriptors import describable, described_rows
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.parallel_scan import piece_length, plan_of, starts_of
+from linear_moe.kernels.mild_decays import LIMIT, strongest_decay
+from linear_moe.kernels.parallel_scan import plan_of, starts_of
 from linear_moe.kernels.results import Forward
 from linear_moe.kernels.splits import Ragged
 from linear_moe.static_tensors import static
-
-LIMIT = tl.constexpr(40.0)
-"""What a chunk of a mild decay fades by at most, as a power of 2: a token by 0.65, if all do alike. So no factor is above 2^40
-or below 2^-40, and of the 2^126 that bfloat16 and float32 reach either way 2^86 are left to what is multiplied."""
-
-ALIGNMENT = 16
-"""Bytes that what a descriptor describes, and its rows, begin at a multiple of."""
 
 
 class Launch(NamedTuple):
@@ -108,18 +101,9 @@ TABLE = LaunchTable(
 """By the decay, K, V and the dtype."""
 
 
-@functools.cache
-def _has_descriptors(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (9, 0)
-
-
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether heads are wide, and descriptors can describe what they are in, on a GPU that has them."""
-    if not piece_reads.takes(k.shape[2], v.shape[2], k.dtype):
-        return False
-    if v.device.type == "cuda" and not _has_descriptors(v.device.index or 0):
-        return False
-    return all(x.data_ptr() % ALIGNMENT == 0 and x.shape[2] * x.element_size() % ALIGNMENT == 0 for x in (q, k, v))
+    """Whether heads are wide, and descriptors can describe what they are in."""
+    return piece_reads.takes(k.shape[2], v.shape[2], k.dtype) and describable(q, k, v)
 
 
 @static
@@ -129,74 +113,39 @@ def _numbers(count: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def describe_rows(
-    ptr, start, size, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Tiles `[ROWS, COLUMNS]` of one head of a piece of a tensor `[S, HEADS, WIDTH]`; 0 outside."""
-    return tl.make_tensor_descriptor(
-        ptr + (start * HEADS + head) * WIDTH,
-        shape=[tl.maximum(size, 1), WIDTH],
-        strides=[HEADS * WIDTH, 1],
-        block_shape=[ROWS, COLUMNS],
-    )
-
-
-@triton.jit
 def sums_of_chunk(
-    sums_ptr, numbers_ptr, rate, done, rows, num_rows, PIECE: tl.constexpr, CHUNK: tl.constexpr, DECAY: tl.constexpr,
-    THREADS: tl.constexpr,
-):  # fmt: skip
-    """Sums of the log decays, to base 2, up to each row of a chunk, all from one place on; and the same up to the row before
-    the chunk, to its middle, and to its last row.
+    sums_ptr, numbers_ptr, rate, done, rows, num_rows, CHUNK: tl.constexpr, DECAY: tl.constexpr, THREADS: tl.constexpr
+):
+    """Sums of a chunk's log decays, to base 2, up to each row, to its middle, and over its `num_rows` rows.
 
     Those of a constant decay are made of `numbers`, which like sums of others come from memory: numbers that a program makes
     itself it makes anew for every layout that they are wanted in.
     """
     if DECAY == HEAD_DECAY:
         summed = rate * load_numbers(numbers_ptr, rows, None, THREADS)
-        before = 0.0
         middle = rate * (CHUNK // 2)
         total = rate * num_rows
     else:
         base = sums_ptr + done
         # Rows past the last keep its sum: their decays must not overflow.
         summed = load_numbers(base, tl.minimum(rows, num_rows - 1), None, THREADS)
-        before = tl.load(base - 1, mask=done % PIECE != 0, other=0.0)
         middle = tl.load(base + tl.minimum(CHUNK // 2, num_rows) - 1)
         total = tl.load(base + num_rows - 1)
-    return summed, before, middle, total
-
-
-@triton.jit
-def strongest_decay(sums_ptr, rate, size, PIECE: tl.constexpr, CHUNK: tl.constexpr, DECAY: tl.constexpr):
-    """The least sum of log decays, to base 2, of a chunk of a walk."""
-    if DECAY == HEAD_DECAY:
-        least = rate * CHUNK
-    else:
-        CHUNKS: tl.constexpr = 64
-        least_of_each = tl.zeros((CHUNKS,), sums_ptr.dtype.element_ty)
-        for done in range(0, size, CHUNKS * CHUNK):
-            begin = done + CHUNK * tl.arange(0, CHUNKS)
-            there = begin < size
-            before = tl.load(sums_ptr + begin - 1, mask=there & (begin % PIECE != 0), other=0.0)
-            total = tl.load(sums_ptr + tl.minimum(begin + CHUNK, size) - 1, mask=there, other=0.0)
-            least_of_each = tl.minimum(least_of_each, total - before)
-        least = tl.min(least_of_each, 0)
-    return least
+    return summed, middle, total
 
 
 @triton.jit
 def walk(
-    q_rows, k_rows, v_rows, sums_ptr, numbers_ptr, o_ptr, low, high, rate, start, size, head, tile, scale,
-    HEADS: tl.constexpr, V: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, V_TILE: tl.constexpr,
+    q_rows, k_rows, v_rows, sums_ptr, numbers_ptr, o_ptr, low, high, rate, start, begin, end, size, head, tile, scale,
+    HEADS: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, V_TILE: tl.constexpr,
     DECAY: tl.constexpr, MILD: tl.constexpr, IN_FULL: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state's halves after all chunks, whose reads are stored."""
+    """The state's halves after chunks `begin` to `end`, whose reads are stored."""
     rows = tl.arange(0, CHUNK)
     values = tile * V_TILE + tl.arange(0, V_TILE)
     seen = rows[:, None] <= rows[None, :]
     carry = tl.zeros((), tl.float64 if PRECISION == "ieee" else tl.float32)
-    for chunk in range(tl.cdiv(size, CHUNK)):
+    for chunk in range(begin, end):
         done = chunk * CHUNK
         num_rows = rows_left(size, done, CHUNK, IN_FULL)
         q_low, q_high = q_rows.load([done, 0]), q_rows.load([done, HALF])
@@ -204,11 +153,11 @@ def walk(
         v = tl.trans(v_rows.load([done, tile * V_TILE]))
         written = v
         if DECAY != NO_DECAY:
-            summed, before, middle, total = sums_of_chunk(
-                sums_ptr, numbers_ptr, rate, done, rows, num_rows, PIECE, CHUNK, DECAY, THREADS
+            summed, middle, total = sums_of_chunk(
+                sums_ptr, numbers_ptr, rate, done, rows, num_rows, CHUNK, DECAY, THREADS
             )
             if MILD:
-                fades = decay_of(carry + (middle - before))
+                fades = decay_of(carry + middle)
                 low *= fades
                 high *= fades
                 carry = total - middle
@@ -224,7 +173,7 @@ def walk(
         o = tl.dot(low.to(v.dtype), tl.trans(q_low), input_precision=PRECISION)
         o = tl.dot(high.to(v.dtype), tl.trans(q_high), acc=o, input_precision=PRECISION)
         if not MILD:
-            o *= decay_of(summed - before)[None, :]
+            o *= decay_of(summed)[None, :]
         o = tl.dot(written, pairs, acc=o, input_precision=PRECISION)
         if MILD and DECAY != NO_DECAY:
             o *= (scale * decay_of(summed - middle))[None, :]
@@ -232,7 +181,7 @@ def walk(
             o *= scale
         store_rows(o_ptr, tl.trans(o.to(v.dtype)), start + done, head, HEADS, V, rows, values, rows < num_rows)
         if not MILD:
-            fades = decay_of(total - before)
+            fades = decay_of(total)
             low *= fades
             high *= fades
             written = (v.to(tl.float32) * decay_between(total, summed)[None, :]).to(v.dtype)
@@ -266,7 +215,6 @@ def wide_scan_kernel(
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    PIECE: tl.constexpr,
     CHUNK: tl.constexpr,
     HALF: tl.constexpr,
     V_TILE: tl.constexpr,
@@ -282,9 +230,9 @@ def wide_scan_kernel(
     k_head = head // (HEADS // K_HEADS)
     keys = tl.arange(0, HALF)
     values = tile * V_TILE + tl.arange(0, V_TILE)
-    q_rows = describe_rows(q_ptr, start, size, k_head, K_HEADS, K, CHUNK, HALF)
-    k_rows = describe_rows(k_ptr, start, size, k_head, K_HEADS, K, CHUNK, HALF)
-    v_rows = describe_rows(v_ptr, start, size, head, HEADS, V, CHUNK, V_TILE)
+    q_rows = described_rows(q_ptr, start, size, k_head, K_HEADS, K, CHUNK, HALF)
+    k_rows = described_rows(k_ptr, start, size, k_head, K_HEADS, K, CHUNK, HALF)
+    v_rows = described_rows(v_ptr, start, size, head, HEADS, V, CHUNK, V_TILE)
     low = load_start(
         initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, values, keys, V, K, True, False
     )  # fmt: skip
@@ -295,16 +243,22 @@ def wide_scan_kernel(
     sums_ptr = decay_ptr
     if DECAY == SCALAR_DECAY:
         sums_ptr += head.to(tl.int64) * num_tokens + start
-    # Around both loops: of one with a branch inside Triton makes no pipeline.
-    if DECAY == NO_DECAY or (RANGE and strongest_decay(sums_ptr, rate, size, PIECE, CHUNK, DECAY) >= -LIMIT):
+    num_chunks = tl.cdiv(size, CHUNK)
+    mild = num_chunks
+    if DECAY != NO_DECAY:
+        mild *= RANGE
+        if RANGE:
+            mild = tl.where(strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, num_chunks, 0)
+    # One after the other, of which one has nothing to do: a loop with a branch inside makes no pipeline, and two branches may
+    # have memory of their own each.
+    low, high = walk(
+        q_rows, k_rows, v_rows, sums_ptr, numbers_ptr, o_ptr, low, high, rate, start, 0, mild, size, head, tile, scale,
+        HEADS, V, CHUNK, HALF, V_TILE, DECAY, True, IN_FULL, THREADS, PRECISION,
+    )  # fmt: skip
+    if DECAY != NO_DECAY:
         low, high = walk(
-            q_rows, k_rows, v_rows, sums_ptr, numbers_ptr, o_ptr, low, high, rate, start, size, head, tile, scale,
-            HEADS, V, PIECE, CHUNK, HALF, V_TILE, DECAY, True, IN_FULL, THREADS, PRECISION,
-        )  # fmt: skip
-    else:
-        low, high = walk(
-            q_rows, k_rows, v_rows, sums_ptr, numbers_ptr, o_ptr, low, high, rate, start, size, head, tile, scale,
-            HEADS, V, PIECE, CHUNK, HALF, V_TILE, DECAY, False, IN_FULL, THREADS, PRECISION,
+            q_rows, k_rows, v_rows, sums_ptr, numbers_ptr, o_ptr, low, high, rate, start, mild, num_chunks, size, head, tile,
+            scale, HEADS, V, CHUNK, HALF, V_TILE, DECAY, False, IN_FULL, THREADS, PRECISION,
         )  # fmt: skip
     if final_ptr is not None:
         at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
@@ -326,9 +280,9 @@ def forward(
     want_final: bool,
 ) -> Forward:
     """As `linear_moe.kernels.parallel_scan.forward`, without `starts`."""
-    plan = plan_of(k, v, log_decay, decay, ragged)
     key_dim, value_dim = k.shape[2], v.shape[2]
-    launch = TABLE.pick(v.device, DECAY_NAMES[plan.pieces.kind], key_dim, value_dim, k.dtype)
+    launch = TABLE.pick(v.device, decay.value, key_dim, value_dim, k.dtype)
+    plan = plan_of(k, v, log_decay, decay, ragged, chunk=launch.chunk)
     value_tile = tile_of(value_dim, launch.value_tile, k.dtype)
     starts = starts_of(plan, k, v, initial_state)
     ends = new_states(plan.walks.num_pieces, k, v) if want_final else None
@@ -340,7 +294,7 @@ def forward(
         q,
         k,
         v,
-        plan.pieces.decays,
+        plan.inner if decay is Decay.SCALAR else plan.pieces.decays,
         _numbers(launch.chunk, v.device) if decay is Decay.HEAD else None,
         output,
         *starts.arguments(),
@@ -352,7 +306,6 @@ def forward(
         K_HEADS=k.shape[1],
         K=key_dim,
         V=value_dim,
-        PIECE=piece_length(k),
         CHUNK=launch.chunk,
         HALF=max(block_of(key_dim) // 2, 16),
         V_TILE=value_tile,
