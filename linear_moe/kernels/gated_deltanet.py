@@ -113,6 +113,11 @@ class TurnedLaunch(NamedTuple):
 
 
 def choose_turned(value_dim: int, dtype: torch.dtype) -> TurnedLaunch:
+    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128).
+
+    0.214 without a decay, 0.220 with one. Of prototypes, with 2 stages 0.268, 0.284; tiles of 64 on 4 warps with 2 stages
+    0.243, 0.256.
+    """
     if dtype == torch.float32:
         return TurnedLaunch(tile=16, num_warps=4, num_stages=1)
     tile = 128 if value_dim > 64 else 64

@@ -82,7 +82,9 @@ class Launch(NamedTuple):
 def choose_launch(dtype: torch.dtype) -> Launch:
     """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H4 K = V = 256).
 
-    Of a prototype 0.124 without a decay, 0.163 to 0.171 with one a token; the two steps of `parallel_scan` take 0.21.
+    0.125 without a decay, 0.163 with one a head and 0.172 with one a token, if they are mild; the two steps of `parallel_scan`
+    take 0.207 to 0.216. Of prototypes, with 2 stages 0.184, 0.203, 0.215; with faded pairs 0.205, 0.211; on 8 warps with
+    chunks of 128 and 1 stage 0.241, 0.279, 0.310.
     """
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.
