@@ -42,7 +42,7 @@ def learn(layer: nn.Module, x: Tensor, **given: Any) -> None:
 def decode(layer: nn.Module, batch: int) -> None:
     """A prompt, and two tokens after it."""
     state = layer.new_state(batch)  # type: ignore[operator]
-    for length in (5, 1, 1):
+    for length in (150, 1, 1):
         layer(tokens(batch, length), state=state)
 
 
@@ -74,7 +74,7 @@ def of_model() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[*RULES, "model"])
-    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 256])
+    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128, 256])
     parser.add_argument("--long", type=int, default=2048, help="tokens of the sequence that is split")
     options = parser.parse_args()
     torch.manual_seed(0)

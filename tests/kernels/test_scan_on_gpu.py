@@ -17,12 +17,23 @@ from linear_moe.testing.budget import assert_within_budget
 
 pytestmark = pytest.mark.gpu
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)
+WIDTHS = dict.fromkeys(SCALAR_FORMS, 256) | dict.fromkeys(DELTA_FORMS, 128)
+"""K = V, by forms of whose forward pass without gradients a kernel of its own makes heads so wide."""
+PASSES = [(form, False) for form in FORMS] + [(form, True) for form in WIDTHS]
+every_pass = pytest.mark.parametrize(
+    ("form", "alone"), PASSES, ids=[f"{form}, {'forward alone' if alone else 'both'}" for form, alone in PASSES]
+)
 FAMILIES = {"scalar_scan": SCALAR_FORMS[-1], "gated_deltanet": DELTA_FORMS[-1], "gla": VECTOR_FORMS[-1]}
 every_family = pytest.mark.parametrize("form", FAMILIES.values(), ids=FAMILIES)
 
 
 def bfloat16(form: Recurrence, lengths: tuple[int, ...], **changes: object) -> Case:
     return replace(Case(form, lengths, K=64, V=64, rate=0.1, dtype=torch.bfloat16), **changes)  # type: ignore[arg-type]
+
+
+def without_gradients(case: Case) -> Case:
+    """The same of heads that are walked in another way where no gradient is wanted."""
+    return replace(case, K=WIDTHS[case.form], V=WIDTHS[case.form], learns=False)
 
 
 def part(case: Case, inputs: dict[str, Tensor], segments: int) -> tuple[Case, dict[str, Tensor]]:
@@ -51,9 +62,22 @@ def test_many_segments(form: Recurrence) -> None:
     assert final_state is not None and torch.equal(made["final_state"][:1000], final_state)
 
 
-@every_form
-def test_a_million_tokens_of_one_segment(form: Recurrence) -> None:
+@pytest.mark.parametrize("form", WIDTHS, ids=str)
+def test_many_segments_without_gradients(form: Recurrence) -> None:
+    """A program has descriptors of its own."""
+    lengths = tuple(torch.randint(0, 9, (200_000,)).tolist())
+    case = without_gradients(bfloat16(form, lengths, tight=True, initial=False, final=False))
+    inputs = draw(case)
+    output, _ = kernels(case, inputs)
+    assert output.isfinite().all()
+    some, few = part(case, inputs, 1000)
+    assert torch.equal(output[: some.num_tokens], kernels(some, few)[0])
+
+
+@every_pass
+def test_a_million_tokens_of_one_segment(form: Recurrence, alone: bool) -> None:
     case, head = bfloat16(form, (1_000_000,)), 1000
+    case = without_gradients(case) if alone else case
     inputs = draw(case)
     made = results(kernels, case, inputs)
     for name, x in made.items():
@@ -108,14 +132,15 @@ def test_tensors_past_the_int32_offsets(form: Recurrence, K: int, V: int, monkey
     assert_same_bits(run(inputs, d_output, count), alone)
 
 
-def long_and_short(form: Recurrence) -> Case:
+def long_and_short(form: Recurrence, alone: bool) -> Case:
     """Both ways of a walk: a segment that is split, and some that are not."""
-    return bfloat16(form, (3000, 0, 70, 1), heads=2, spare=3)
+    case = bfloat16(form, (3000, 0, 70, 1), heads=2, spare=3)
+    return without_gradients(case) if alone else case
 
 
-@every_form
-def test_a_hundred_times_the_same_bits(form: Recurrence) -> None:
-    case = long_and_short(form)
+@every_pass
+def test_a_hundred_times_the_same_bits(form: Recurrence, alone: bool) -> None:
+    case = long_and_short(form, alone)
     inputs = draw(case)
     once = results(kernels, case, inputs)
     for _ in range(100):
@@ -123,12 +148,12 @@ def test_a_hundred_times_the_same_bits(form: Recurrence) -> None:
 
 
 class _Captured:
-    """A forward and backward pass over tensors that stay where they are."""
+    """A forward and, of a case that learns, backward pass over tensors that stay where they are."""
 
     def __init__(self, case: Case, inputs: dict[str, Tensor]) -> None:
         self.case, self.borders = case, case.cu_seqlens
         self.tensors = {
-            name: x.clone().requires_grad_(not (name == "log_decay" and case.form.decay is Decay.HEAD))
+            name: x.clone().requires_grad_(case.learns and not (name == "log_decay" and case.form.decay is Decay.HEAD))
             for name, x in inputs.items()
         }
         self.d_output = torch.randn(case.num_tokens, case.heads, case.V).to(DEVICE, case.dtype)
@@ -140,16 +165,18 @@ class _Captured:
             **{"log_decay": None, "beta": None} | self.tensors, decay=case.form.decay, scale=0.125,
             cu_seqlens=self.borders, max_length=case.max_length, dense=case.dense, return_final_state=True,
         )  # fmt: skip
+        made = {"output": output.detach(), "final_state": final_state.detach()}
         wanted = {name: x for name, x in self.tensors.items() if x.requires_grad}
+        if not wanted:
+            return made
         gradients = torch.autograd.grad((output, final_state), list(wanted.values()), (self.d_output, self.d_final))
-        return {"output": output.detach(), "final_state": final_state.detach()} | dict(
-            zip(wanted, gradients, strict=True)
-        )
+        return made | dict(zip(wanted, gradients, strict=True))
 
 
-@every_form
-def test_nothing_waits_for_the_gpu(form: Recurrence) -> None:
-    for case in (long_and_short(form), bfloat16(form, (70, 9), dense=True)):
+@every_pass
+def test_nothing_waits_for_the_gpu(form: Recurrence, alone: bool) -> None:
+    dense = bfloat16(form, (70, 9), dense=True)
+    for case in (long_and_short(form, alone), without_gradients(dense) if alone else dense):
         passes = _Captured(case, draw(case))
         passes.run()
         torch.cuda.synchronize()
@@ -161,10 +188,10 @@ def test_nothing_waits_for_the_gpu(form: Recurrence) -> None:
             torch.cuda.set_sync_debug_mode(before)
 
 
-@every_form
-def test_a_captured_graph_gives_the_same_numbers(form: Recurrence) -> None:
+@every_pass
+def test_a_captured_graph_gives_the_same_numbers(form: Recurrence, alone: bool) -> None:
     """On new inputs too: other numbers and other lengths, where the old ones stood."""
-    case = long_and_short(form)
+    case = long_and_short(form, alone)
     passes = _Captured(case, draw(case))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
