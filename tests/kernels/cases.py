@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import gated_deltanet, gla, library, parallel_scan, piece_reads, scalar_scan
+from linear_moe.kernels.blocks import cdiv
 from linear_moe.kernels.splits import Ragged
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
@@ -81,6 +82,16 @@ class Case:
     def cu_seqlens(self) -> Tensor:
         """`[N + 1]`"""
         return torch.tensor([0, *self.lengths]).cumsum(0).to(DEVICE)
+
+
+def described(case: Case) -> Case:
+    """The same without gradients, with rows of whole 16 bytes."""
+    return replace(case, K=8 * cdiv(case.K, 8), V=8 * cdiv(case.V, 8), learns=False)
+
+
+def new_heads(width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """Of 3 tokens, in memory from an offset of numbers on."""
+    return torch.empty(offset + 3 * 2 * width, dtype=dtype, device=DEVICE)[offset:].view(3, 2, width)
 
 
 Results = tuple[Tensor, Tensor | None]
@@ -209,6 +220,31 @@ def check(case: Case, inputs: Mapping[str, Tensor] | None = None, terms: Terms |
     if case.learns and case.form.decay is Decay.SCALAR:
         larger.setdefault("d_log_decay", decay_gradient_terms(inputs["v"], exact["d_v"], case.cu_seqlens))
     assert_within_budget(candidate, reference, exact, case.dtype, larger)
+
+
+def nearly_parallel(case: Case, apart: float) -> dict[str, Tensor]:
+    """Inputs whose keys are one key but for what they are `apart`, at full strength."""
+    inputs = draw(case)
+    k = F.normalize(torch.randn(case.K) + apart * torch.randn(case.num_tokens, 1, case.K), dim=-1)
+    return inputs | {"k": k.to(DEVICE, case.dtype), "beta": torch.ones_like(inputs["beta"])}
+
+
+def check_telescoping(case: Case, inputs: dict[str, Tensor]) -> None:
+    """The budget where each write takes back the last one.
+
+    Sums along a chunk then telescope: of up to C terms of a result's own size, each rounded, one is left, and their roundings
+    add up as a random walk does. The recurrence, and the chunked form with its chunks of K / 2 tokens, forget them sooner. Of a
+    state even less is left: it is a difference of writes k u^T, its gradient one of k dv^T, and k has length 1.
+    """
+
+    def terms(exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        roundings = gated_deltanet.choose_launch("forward", case.K, case.V, case.dtype).chunk ** 0.5
+        beside = {"final_state": inputs["v"].double()}
+        if case.learns:
+            beside["d_initial_state"] = exact["d_v"]
+        return {name: roundings * torch.cat((x.flatten(), beside.get(name, x).flatten())) for name, x in exact.items()}
+
+    check(case, inputs, terms)
 
 
 def num_examples(dtype: torch.dtype) -> int:

@@ -17,13 +17,21 @@ import pytest
 from cases import DEVICE, Case, check
 from poison import poisoned_memory
 
-from linear_moe.kernels import delta_walks, gla_walks, library, piece_gradients, piece_reads, scalar_walks
+from linear_moe.kernels import (
+    delta_turned_walk,
+    delta_walks,
+    gla_walks,
+    library,
+    piece_gradients,
+    piece_reads,
+    scalar_walks,
+)
 
 in_the_interpreter = pytest.mark.skipif(
     DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
 )
 _numbers = itertools.count()
-LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks)
+LAUNCHED = (delta_turned_walk, delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks)
 """Modules of kernels that others launch."""
 
 
@@ -112,9 +120,15 @@ def over_the_budget(*others: str) -> Iterator[None]:
             yield
 
 
-def assert_caught(kernels: ModuleType, bug: Bug | None, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """The error budget is exceeded by the kernels with the bug; without one the copy keeps it."""
+def assert_caught(
+    kernels: ModuleType, bug: Bug | None, case: Case, folder: Path, patch: pytest.MonkeyPatch, **given: object
+) -> None:
+    """The error budget is exceeded by the kernels with the bug; without one the copy keeps it.
+
+    `given` are names of the copy that are to be something else in it.
+    """
     copy = seed(kernels, bug, folder)
+    vars(copy).update(given)
     patch.setattr(library, kernels.__name__.rpartition(".")[2], copy)
     if bug is None:
         check(case)

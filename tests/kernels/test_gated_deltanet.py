@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import DELTA_FORMS, DEVICE, DTYPES, Case, check, check_drawn, draw
+from cases import DELTA_FORMS, DTYPES, Case, check_drawn, check_telescoping, draw, nearly_parallel
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
-from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import blocks, decay_gradient, delta_walks, gated_deltanet, join
@@ -33,31 +30,13 @@ def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: p
     law(form, dtype, monkeypatch)
 
 
-def check_telescoping(case: Case, inputs: dict[str, Tensor]) -> None:
-    """The budget where each write takes back the last one.
-
-    Sums along a chunk then telescope: of up to C terms of a result's own size, each rounded, one is left, and their roundings
-    add up as a random walk does. The recurrence, and the chunked form with its chunks of K / 2 tokens, forget them sooner. Of a
-    state even less is left: it is a difference of writes k u^T, its gradient one of k dv^T, and k has length 1.
-    """
-
-    def terms(exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        roundings = gated_deltanet.choose_launch("forward", case.K, case.V, case.dtype).chunk ** 0.5
-        beside = {"final_state": inputs["v"].double(), "d_initial_state": exact["d_v"]}
-        return {name: roundings * torch.cat((x.flatten(), beside.get(name, x).flatten())) for name, x in exact.items()}
-
-    check(case, inputs, terms)
-
-
 @every_form
 @every_dtype
 @pytest.mark.parametrize("apart", [0.0, 0.01, 0.3])
 def test_keys_nearly_parallel(form: Recurrence, dtype: torch.dtype, apart: float) -> None:
     """At full strength: powers of the pairs' triangle would grow as binomials do."""
     case = Case(form, (70, 5), K=16, V=8, rate=0.05, dtype=dtype)
-    inputs = draw(case)
-    k = F.normalize(torch.randn(case.K) + apart * torch.randn(case.num_tokens, 1, case.K), dim=-1)
-    check_telescoping(case, inputs | {"k": k.to(DEVICE, dtype), "beta": torch.ones_like(inputs["beta"])})
+    check_telescoping(case, nearly_parallel(case, apart))
 
 
 @every_form

@@ -9,23 +9,16 @@ from pathlib import Path
 import pytest
 import scan_laws
 import torch
-from cases import DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn, draw, kernels, results
+from cases import DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn, described, draw, kernels, new_heads, results
 from scan_laws import LAWS, Law, clean, either_result_alone, long_enough_to_split
 from seeding import Bug, assert_caught, in_the_interpreter
-from torch import Tensor
 
 from linear_moe.forms import Decay, Recurrence
 from linear_moe.kernels import descriptors, library, parallel_scan, piece_reads, wide_scan
-from linear_moe.kernels.blocks import cdiv
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS, ids=str)
 GPU_DTYPES = DTYPES if DEVICE == "cpu" else DTYPES[1:]
 """On a GPU float32 never comes here."""
-
-
-def described(case: Case) -> Case:
-    """The same without gradients, with rows of whole 16 bytes."""
-    return replace(case, K=8 * cdiv(case.K, 8), V=8 * cdiv(case.V, 8), learns=False)
 
 
 @pytest.fixture(autouse=True)
@@ -38,30 +31,25 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     clean.cache_clear()
 
 
-def heads(width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
-    """Of 3 tokens, in memory from an offset of numbers on."""
-    return torch.empty(offset + 3 * 2 * width, dtype=dtype, device=DEVICE)[offset:].view(3, 2, width)
-
-
 def test_what_a_descriptor_can_describe_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(descriptors, "_has_descriptors", lambda device: True)
-    x, wide = heads(64, torch.bfloat16), heads(136, torch.bfloat16)
+    x, wide = new_heads(64, torch.bfloat16), new_heads(136, torch.bfloat16)
     assert wide_scan.takes(wide, wide, x)
     assert wide_scan.takes(x, x, wide)
     assert not wide_scan.takes(x, x, x)
     # Rows that begin between 16 bytes, and tensors that do.
-    odd, moved = heads(140, torch.bfloat16), heads(136, torch.bfloat16, offset=4)
+    odd, moved = new_heads(140, torch.bfloat16), new_heads(136, torch.bfloat16, offset=4)
     assert not wide_scan.takes(wide, wide, odd)
     assert not wide_scan.takes(odd, odd, wide)
     assert not wide_scan.takes(moved, wide, wide)
-    assert not wide_scan.takes(*(heads(256, torch.float32),) * 3)
+    assert not wide_scan.takes(*(new_heads(256, torch.float32),) * 3)
 
 
 @pytest.mark.gpu
 def test_older_gpus_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    wide = heads(256, torch.bfloat16)
+    wide = new_heads(256, torch.bfloat16)
     assert wide_scan.takes(wide, wide, wide) == (torch.cuda.get_device_capability() >= (9, 0))
     monkeypatch.setattr(descriptors, "_has_descriptors", lambda device: False)
     assert not wide_scan.takes(wide, wide, wide)
