@@ -271,7 +271,7 @@ def _delta(
             )
 
     with torch.cuda.device_of(v):
-        kind = _kind("gated_deltanet", q, k, v, log_decay, initial_state, ragged, want_final, decay, keep)
+        kind = _kind("gated_deltanet", q, k, v, log_decay, initial_state, ragged, beta.dtype, want_final, decay, keep)
         compile_ahead(v.device, kind, both)
         made = forward()
     kept: tuple[Tensor | None, ...] = (None,) * 6

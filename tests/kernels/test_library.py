@@ -55,19 +55,79 @@ OPERATORS = {"scalar_scan": library._scalar, "gated_deltanet": library._delta, "
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("make", [small, split, in_full], ids=["whole", "split", "in full"])
-def test_what_torch_asks_of_an_operator(
-    make: Callable[[Recurrence], Case], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What is kept for the backward pass is compared too: of spare tokens, of a state past its K and V, of chunks and pieces
-    # past the last, and of pieces that are not joined, it would be nothing in particular.
-    case = replace(make(FAMILIES[name]), spare=0)
+@pytest.fixture
+def _kept_is_comparable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for the backward pass is compared too: of a state past its K and V, of chunks and pieces past the last, and
+    of pieces that are not joined, it would be nothing in particular."""
     for made in ("new_folded_states", "new_states"):
         new = getattr(gated_deltanet, made)
         monkeypatch.setattr(gated_deltanet, made, lambda *given, new=new: new(*given).zero_())
     monkeypatch.setattr(join, "_new_starts", torch.zeros_like)
+
+
+@pytest.mark.usefixtures("_kept_is_comparable")
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("make", [small, split, in_full], ids=["whole", "split", "in full"])
+def test_what_torch_asks_of_an_operator(make: Callable[[Recurrence], Case], name: str) -> None:
+    # Of spare tokens, too, what is kept would be nothing in particular.
+    case = replace(make(FAMILIES[name]), spare=0)
     torch.library.opcheck(OPERATORS[name], arguments(case), test_utils=TESTS)
+
+
+@pytest.mark.usefixtures("_kept_is_comparable")
+@pytest.mark.parametrize("form", DELTA_FORMS, ids=str)
+def test_what_torch_asks_where_strengths_are_bfloat16(form: Recurrence) -> None:
+    *first, beta, state, cu_seqlens, length, dense, scale, final, decay, _ = arguments(small(form, spare=0))
+    given = (*first, beta.detach().bfloat16().requires_grad_(), state, cu_seqlens, length, dense, scale, final, decay)
+    torch.library.opcheck(library._delta, (*given, True), test_utils=TESTS)
+    # Nothing is kept, and nothing learns.
+    plain = (x.detach() if isinstance(x, Tensor) else x for x in given)
+    torch.library.opcheck(library._delta, (*plain, False), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", DELTA_FORMS, ids=str)
+def test_strengths_of_another_dtype_are_the_float32_numbers_that_they_are(form: Recurrence, dtype: torch.dtype) -> None:
+    """Their gradients are those of the float32 numbers, in their own dtype."""
+    case = small(form)
+    inputs = draw(case)
+    beta = inputs["beta"].to(dtype)
+
+    def gradients(beta: Tensor) -> list[Tensor]:
+        learned = {name: x.detach().requires_grad_() for name, x in (inputs | {"beta": beta}).items()}
+        made = kernels(case, learned)
+        seeds = [torch.linspace(-1, 1, x.numel(), device=DEVICE).view_as(x) for x in made]
+        return [*made, *torch.autograd.grad(made, list(learned.values()), seeds)]
+
+    for one, other in zip(gradients(beta), gradients(beta.float()), strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    with torch.no_grad():
+        alone = [kernels(case, inputs | {"beta": x}) for x in (beta, beta.float())]
+    for one, other in zip(*alone, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_strengths_of_another_dtype_are_compiled_ahead_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[object] = []
+    monkeypatch.setattr(library, "compile_ahead", lambda device, kind, passes: kinds.append(kind))
+    case = small(DELTA_FORMS[-1])
+    inputs = draw(case)
+    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+        kernels(case, inputs | {"beta": inputs["beta"].to(dtype)})
+    assert kinds[0] != kinds[1] == kinds[2]
+
+
+def test_what_makes_the_gradient_of_strengths_makes_it_in_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd would round it, but a trace has it as it is."""
+    backward, made = library._delta_backward, []
+    monkeypatch.setattr(library, "_delta_backward", lambda *given: made.append(backward(*given)) or made[-1])
+    case = small(DELTA_FORMS[0])
+    inputs = draw(case)
+    inputs["beta"] = inputs["beta"].bfloat16().requires_grad_()
+    kernels(case, inputs)[0].sum().backward()
+    ((_, _, _, _, d_beta, _),) = made
+    assert d_beta.dtype == torch.bfloat16
+    assert torch.equal(d_beta, inputs["beta"].grad)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
