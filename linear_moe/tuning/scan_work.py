@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import (
+    delta_turned_walk,
     delta_walks,
     gated_deltanet,
     gla,
@@ -62,6 +63,9 @@ class ScanWork:
             walks = {"forward": delta_walks.forward_kernel, values: delta_walks.values_kernel}
             if not wide:
                 walks["gradients"] = delta_walks.gradients_kernel
+            turned = Entry(
+                gated_deltanet.TURNED_TABLE, (decay, K, V, self.dtype), delta_turned_walk.turned_forward_kernel, sizes
+            )
             return [
                 Entry(gated_deltanet.SOLVE_TABLE, (decay, K, self.dtype), delta_walks.solve_kernel, {"K": K}),
                 *(
@@ -69,6 +73,7 @@ class ScanWork:
                     for name, kernel in walks.items()
                 ),
                 *(self._reads("weighted", DELTA_GRADIENTS) if wide else ()),
+                *((turned,) if self._turned else ()),
             ]
         if self.form.decay is Decay.VECTOR:
             kernels = {
@@ -140,8 +145,17 @@ class ScanWork:
     @property
     def _passes(self) -> tuple[bool, ...]:
         """Whether gradients are wanted, of the passes that kernels of their own make."""
-        alone = self.form.erase is Erase.NONE and self.form.decay is not Decay.VECTOR
-        return (True, False) if alone and piece_reads.takes(self.key_dim, self.value_dim, self.dtype) else (True,)
+        scans = self.form.erase is Erase.NONE and self.form.decay is not Decay.VECTOR
+        wide = scans and piece_reads.takes(self.key_dim, self.value_dim, self.dtype)
+        return (True, False) if wide or self._turned else (True,)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether the delta rule has a walk of its own where no gradient is wanted."""
+        k, v = (
+            torch.empty(1, 1, width, dtype=self.dtype, device=self.device) for width in (self.key_dim, self.value_dim)
+        )
+        return self.form.erase is Erase.DELTA and gated_deltanet.walks_turned(k, k, v)
 
     @property
     def _length(self) -> int:

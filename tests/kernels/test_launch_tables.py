@@ -178,7 +178,10 @@ def arguments_of(
         sizes = [(K, V), (K, K)]
         walks = ("forward", "values", "values in full", "gradients")
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
-        entries += [(gated_deltanet.SOLVE_TABLE, (decay, K, dtype))]
+        entries += [
+            (gated_deltanet.SOLVE_TABLE, (decay, K, dtype)),
+            (gated_deltanet.TURNED_TABLE, (decay, K, V, dtype)),
+        ]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
     elif form.decay is Decay.VECTOR:
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "states", "gradients")]

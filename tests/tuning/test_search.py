@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import decode_projections, launch_findings, piece_reads
+from linear_moe.kernels import decode_projections, gated_deltanet, launch_findings, piece_reads
 from linear_moe.kernels.launch import Launched, launch_kernel, recorded
 from linear_moe.kernels.launch_findings import Machine
 from linear_moe.kernels.launch_tables import LaunchTable, trying
@@ -212,6 +212,12 @@ def test_a_dry_recording_launches_nothing_of_its_kernel_and_all_of_others() -> N
 FORMS = [Recurrence(Decay.HEAD), Recurrence(Decay.SCALAR, Erase.DELTA), Recurrence(Decay.VECTOR)]
 
 
+def use_ways(patch: pytest.MonkeyPatch, *, stored: bool) -> None:
+    """Of heads that are wide, or neither wide nor narrow, whatever their size."""
+    patch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
+    patch.setattr(gated_deltanet, "walks_turned", lambda q, k, v: not stored)
+
+
 # The other kernels run on what a dry one left undone.
 @in_the_interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -219,7 +225,7 @@ FORMS = [Recurrence(Decay.HEAD), Recurrence(Decay.SCALAR, Erase.DELTA), Recurren
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_works_launch_by_their_entries(form: Recurrence, stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry of other arguments than a kernel asks with would be tuned in vain."""
-    monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
+    use_ways(monkeypatch, stored=stored)
     sizes = (form, 32, 48, torch.float32, CPU)
     works = (
         ScanWork(*sizes, tokens=8, heads=1, checked=(9, 0)),
@@ -254,11 +260,11 @@ def test_a_real_kernel_is_searched() -> None:
 def test_whole_chunks_are_checked_where_they_are_timed(
     form: Recurrence, stored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
+    use_ways(monkeypatch, stored=stored)
     work = ScanWork(form, 16, 16, torch.float32, CPU, tokens=512, heads=1, checked=(9, 0, 3))
     made, exact = work.check(), work.exact()
     assert made.keys() == exact.keys() and "output, in full" in made
-    assert ("output, in full, alone" in made) == (stored and form is FORMS[0])
+    assert ("output, in full, alone" in made) == (form is FORMS[0 if stored else 1])
     for name, x in exact.items():
         scale = float(x.abs().max()) + 1.0
         torch.testing.assert_close(made[name].double() / scale, x / scale, rtol=0, atol=1e-5)
