@@ -76,7 +76,7 @@ class Compiler:
 
 
 def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -> None:
-    """Forward and backward as a layer in bfloat16 does it, and forward alone."""
+    """Forward and backward as a layer in bfloat16 does it, and with states forward alone."""
     tokens, heads = batch * length, 2
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,8 +94,10 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
             dense=True, return_final_state=states,
         )  # fmt: skip
 
-    with torch.no_grad():
-        forward()
+    if states:
+        # Of sequences that are not whole chunks, too: others leave parts out.
+        with torch.no_grad():
+            forward()
     output, final_state = forward()
     loss = output.float().sum() + (0.0 if final_state is None else final_state.sum())
     learned = [x for n, x in inputs.items() if x is not None and not (n == "log_decay" and form.decay is Decay.HEAD)]
