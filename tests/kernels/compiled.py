@@ -33,8 +33,8 @@ DTYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
-SHAPES = ((2, 512), (2, 500), (1, 3000))
-"""Sequences and their tokens: of whole chunks, of some that are not, and so long that it is split."""
+SHAPES = ((2, 512), (1, 3000))
+"""Sequences and their tokens: of whole chunks; and with states, so long that it is split, with a chunk that is not whole."""
 
 
 class Compiler:
@@ -95,7 +95,7 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
         )  # fmt: skip
 
     if states:
-        # Of sequences that are not whole chunks, too: others leave parts out.
+        # Without them it leaves parts out.
         with torch.no_grad():
             forward()
     output, final_state = forward()
@@ -115,7 +115,7 @@ def compile_all(rules: list[str], dims: list[int], threads: int) -> dict[tuple[o
         assert form is not None, rules
         for dim in dims:
             for batch, length in SHAPES:
-                scan(form, batch, length, dim, states=length == 500)
+                scan(form, batch, length, dim, states=length == 3000)
     compiler.pool.shutdown()
     return compiler.made
 
