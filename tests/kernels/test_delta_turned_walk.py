@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from cases import (
     new_heads,
     results,
 )
-from scan_laws import LAWS, Law, clean, either_result_alone, long_enough_to_split, use_processors, widened
+from scan_laws import LAWS, Law, either_result_alone, long_enough_to_split, use_processors, widened
 from seeding import Bug, assert_caught, in_the_interpreter
 from torch import Tensor
 
@@ -44,13 +43,10 @@ def always(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _turned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the size. What a case gives is remembered for others that walk."""
-    clean.cache_clear()
+def _turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size."""
     monkeypatch.setattr(gated_deltanet, "walks_turned", always)
     monkeypatch.setattr(scan_laws, "widened", lambda case: described(widened(case)))
-    yield
-    clean.cache_clear()
 
 
 def test_heads_that_are_neither_narrow_nor_wide_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

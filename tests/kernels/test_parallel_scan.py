@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cases import DELTA_FORMS, DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn
-from scan_laws import Law, clean, every_law
+from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Erase, Recurrence
@@ -20,13 +19,15 @@ every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str
 some_forms = pytest.mark.parametrize("form", [SCALAR_FORMS[-1], DELTA_FORMS[-1]], ids=str)
 
 
+def always(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """In place of `piece_reads.takes`."""
+    return True
+
+
 @pytest.fixture(autouse=True)
-def _stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the size. What a case gives is remembered for others that walk."""
-    clean.cache_clear()
-    monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: True)
-    yield
-    clean.cache_clear()
+def _stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size."""
+    monkeypatch.setattr(piece_reads, "takes", always)
 
 
 def test_wide_states_are_stored_and_read_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:

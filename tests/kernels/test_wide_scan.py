@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import scan_laws
 import torch
 from cases import DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn, described, draw, kernels, new_heads, results
-from scan_laws import LAWS, Law, clean, either_result_alone, long_enough_to_split
+from scan_laws import LAWS, Law, either_result_alone, long_enough_to_split
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Recurrence
@@ -21,14 +20,16 @@ GPU_DTYPES = DTYPES if DEVICE == "cpu" else DTYPES[1:]
 """On a GPU float32 never comes here."""
 
 
+def always(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """In place of `piece_reads.takes`."""
+    return True
+
+
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the size. What a case gives is remembered for others that walk."""
-    clean.cache_clear()
-    monkeypatch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size."""
+    monkeypatch.setattr(piece_reads, "takes", always)
     monkeypatch.setattr(scan_laws, "widened", described)
-    yield
-    clean.cache_clear()
 
 
 def test_what_a_descriptor_can_describe_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
