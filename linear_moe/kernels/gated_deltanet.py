@@ -361,6 +361,7 @@ def _run_turned(
     starts: Starts,
     final: Tensor | None,
 ) -> None:
+    """The walk that reads where nothing is kept, with value channels for rows; of what is solved it takes E alone."""
     key_dim, value_dim = k.shape[2], v.shape[2]
     launch = TURNED_TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
     walked = walk.splits.all

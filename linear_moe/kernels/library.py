@@ -387,14 +387,13 @@ def scan(
     initial_state = None if initial_state is None else initial_state.contiguous()
     log_decay = None if log_decay is None else log_decay.float().contiguous()
     where = (cu_seqlens, max_length, dense, scale, return_final_state)
+    keep = wants_gradients((q, k, v, log_decay, beta, initial_state))
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
         given = (q, k, v, log_decay, beta.contiguous(), initial_state)
-        output, final_state, *_ = _delta(*given, *where, decay.value, wants_gradients(given))
+        output, final_state, *_ = _delta(*given, *where, decay.value, keep)
     elif decay is Decay.VECTOR:
-        keep = wants_gradients((q, k, v, log_decay, initial_state))
         output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:
-        keep = wants_gradients((q, k, v, log_decay, initial_state))
         output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value, keep)
     return output, final_state if return_final_state else None

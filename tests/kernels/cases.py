@@ -222,6 +222,15 @@ def check(case: Case, inputs: Mapping[str, Tensor] | None = None, terms: Terms |
     assert_within_budget(candidate, reference, exact, case.dtype, larger)
 
 
+def check_compiled(case: Case) -> None:
+    """Of a case that does not learn, torch's compiler makes the same."""
+    inputs = draw(case)
+    compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
+    for made, same in zip(compiled(case, inputs), kernels(case, inputs), strict=True):
+        assert made is not None and same is not None and torch.equal(made, same)
+    torch._dynamo.reset()
+
+
 def nearly_parallel(case: Case, apart: float) -> dict[str, Tensor]:
     """Inputs whose keys are one key but for what they are `apart`, at full strength."""
     inputs = draw(case)

@@ -14,6 +14,7 @@ from cases import (
     DTYPES,
     Case,
     check,
+    check_compiled,
     check_drawn,
     check_telescoping,
     described,
@@ -163,12 +164,7 @@ def test_what_torch_asks_of_an_operator_that_keeps_nothing(form: Recurrence) -> 
 
 @every_form
 def test_compiled_it_gives_the_same(form: Recurrence) -> None:
-    case = Case(form, (7, 0, 12), 2, 1, K=8, V=16, learns=False, dtype=GPU_DTYPES[0])
-    inputs = draw(case)
-    compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
-    for made, same in zip(compiled(case, inputs), kernels(case, inputs), strict=True):
-        assert made is not None and same is not None and torch.equal(made, same)
-    torch._dynamo.reset()
+    check_compiled(Case(form, (7, 0, 12), 2, 1, K=8, V=16, learns=False, dtype=GPU_DTYPES[0]))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 import scan_laws
 import torch
-from cases import DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn, described, draw, kernels, new_heads, results
+from cases import (
+    DEVICE,
+    DTYPES,
+    SCALAR_FORMS,
+    Case,
+    check,
+    check_compiled,
+    check_drawn,
+    described,
+    draw,
+    kernels,
+    new_heads,
+    results,
+)
 from scan_laws import LAWS, Law, either_result_alone, long_enough_to_split
 from seeding import Bug, assert_caught, in_the_interpreter
 
@@ -126,12 +139,7 @@ def test_what_torch_asks_of_an_operator_that_keeps_nothing(form: Recurrence) -> 
 
 @every_form
 def test_compiled_it_gives_the_same(form: Recurrence) -> None:
-    case = Case(form, (7, 0, 12), 2, 1, K=8, V=16, learns=False, dtype=GPU_DTYPES[0])
-    inputs = draw(case)
-    compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
-    for made, same in zip(compiled(case, inputs), kernels(case, inputs), strict=True):
-        assert made is not None and same is not None and torch.equal(made, same)
-    torch._dynamo.reset()
+    check_compiled(Case(form, (7, 0, 12), 2, 1, K=8, V=16, learns=False, dtype=GPU_DTYPES[0]))
 
 
 @pytest.mark.gpu
