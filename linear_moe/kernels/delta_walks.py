@@ -141,7 +141,7 @@ def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISIO
 
     With X the inverse of the blocks of one width and L what joins two of them, the pair's inverse is X - X L X: block
     substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel). Exact results
-    take float64, in which what a product rounds away of nearly parallel keys does not matter.
+    take float64, in which what a product rounds away of nearly parallel keys does not matter, and it is returned so.
     """
     rows = tl.arange(0, SIZE)
     if PRECISION == "ieee":
@@ -155,7 +155,7 @@ def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISIO
         row, column = each[None, :, None], each[None, None, :]
         inverse = _joined(small, _inverse_of_pairs(small, row, column), row, column, 1, 4, PRECISION)
         inverse = _joined(lower, _on_diagonal(inverse), rows[:, None], rows[None, :], 4, LEVELS, PRECISION)
-    return inverse.to(tl.float32)
+    return inverse
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def solve_kernel(
             overlaps *= pairs
         overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
         inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
-        erasure = _product(overlaps, inverse, PRECISION)
+        erasure = _product(overlaps.to(inverse.dtype), inverse, PRECISION)
         store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
 
 
