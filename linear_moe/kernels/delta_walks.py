@@ -169,6 +169,7 @@ def solve_kernel(
     borders_ptr,
     borders_stride,
     num_tokens,
+    scale,
     HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -178,9 +179,10 @@ def solve_kernel(
     K_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out."""
+    """A null pointer leaves its part out. WEIGHTED: -E diag(b) and scale P diag(b), of which neither may be left out."""
     program = tl.program_id(0)
     head = program % HEADS
     start, size = part_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64), PIECE, CHUNK)
@@ -196,6 +198,8 @@ def solve_kernel(
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
         pairs = decay_where(seen, summed[:, None], summed[None, :])
+    if erasure_ptr is not None:
+        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
     if reads_ptr is not None:
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
         reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -203,15 +207,18 @@ def solve_kernel(
             reads *= pairs
         else:
             reads = tl.where(seen, reads, 0.0)
+        if WEIGHTED:
+            reads *= scale * beta[None, :]
         store_rows(reads_ptr, reads, start, head, HEADS, CHUNK, rows, rows, valid)
     if erasure_ptr is not None:
-        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
         overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
         if DECAY != NO_DECAY:
             overlaps *= pairs
         overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
         inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
         erasure = _product(overlaps.to(inverse.dtype), inverse, PRECISION)
+        if WEIGHTED:
+            erasure *= -beta[None, :]
         store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
 
 

@@ -33,14 +33,12 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
-from linear_moe.kernels.delta_turned_walk import turned_forward_kernel
 from linear_moe.kernels.delta_walks import (
     forward_kernel,
     gradients_kernel,
     solve_kernel,
     values_kernel,
 )
-from linear_moe.kernels.descriptors import describable
 from linear_moe.kernels.join import FROM_ZEROS, Starts, join_affine
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
@@ -101,35 +99,6 @@ TABLE = LaunchTable(
 
 FULL_TILE = 64
 """Channels of a 16-bit walk that has a multiprocessor to itself."""
-
-
-class TurnedLaunch(NamedTuple):
-    """Launch parameters of the forward walk with value channels for rows."""
-
-    tile: int
-    """Value channels of a program."""
-    num_warps: int
-    num_stages: int
-
-
-def choose_turned(value_dim: int, dtype: torch.dtype) -> TurnedLaunch:
-    """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128).
-
-    0.214 without a decay, 0.220 with one. Of prototypes, with 2 stages 0.268, 0.284; tiles of 64 on 4 warps with 2 stages
-    0.243, 0.256.
-    """
-    if dtype == torch.float32:
-        return TurnedLaunch(tile=16, num_warps=4, num_stages=1)
-    tile = 128 if value_dim > 64 else 64
-    return TurnedLaunch(tile=tile, num_warps=tile // 16, num_stages=3)
-
-
-TURNED_TABLE = LaunchTable(
-    "gated_deltanet.turned",
-    lambda decay, key_dim, value_dim, dtype: choose_turned(value_dim, dtype),
-    lambda decay, key_dim, value_dim, dtype: {"num_stages": (2, 3, 4)},
-)
-"""By the decay, K, V and the dtype."""
 
 
 class SolveLaunch(NamedTuple):
@@ -202,14 +171,6 @@ def stored_piece(k: Tensor, v: Tensor) -> int | None:
     if piece_reads.takes(k.shape[2], v.shape[2], k.dtype):
         return piece_reads.choose_launch(k.dtype).piece
     return None
-
-
-def walks_turned(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a pass that keeps nothing has the walk with value channels for rows. Narrow heads gain nothing: 0.254 ms for
-    0.246 at B32 T2048 H16 K = V = 64.
-    """
-    narrow = max(k.shape[2], v.shape[2]) <= 64
-    return k.dtype != torch.float32 and not narrow and stored_piece(k, v) is None and describable(q, k, v)
 
 
 def keeps_reads(k: Tensor, v: Tensor) -> bool:
@@ -293,10 +254,12 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
         walk.cuts.borders,
         walk.cuts.borders.stride(0),
         num_tokens,
+        1.0,
         PIECE=walk.piece,
         CHUNK=chunk,
         LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
+        WEIGHTED=False,
         num_warps=launch.num_warps,
         num_stages=1,
         maxnreg=SOLVE_REGISTERS,
@@ -349,48 +312,6 @@ def _run_forward(
     )
 
 
-def _run_turned(
-    walk: _Walk,
-    solved: Solved,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    output: Tensor,
-    starts: Starts,
-    final: Tensor | None,
-) -> None:
-    """The walk that reads where nothing is kept, with value channels for rows; of what is solved it takes E alone."""
-    key_dim, value_dim = k.shape[2], v.shape[2]
-    launch = TURNED_TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
-    walked = walk.splits.all
-    launch_kernel(
-        turned_forward_kernel,
-        walked.num_pieces * v.shape[1] * cdiv(value_dim, launch.tile),
-        q,
-        k,
-        v,
-        walk.decays,
-        walk.beta,
-        solved.erasure,
-        output,
-        *starts.arguments(),
-        final,
-        *walked.arguments(),
-        v.shape[0],
-        scale,
-        CHUNK=walk.piece,
-        K_BLOCK=block_of(key_dim),
-        TILE=launch.tile,
-        RANGE=k.dtype != torch.float16,
-        THREADS=32 * launch.num_warps,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        **walk.constants(k, v),
-    )
-
-
 class Kept(NamedTuple):
     """What the backward pass needs of the forward pass."""
 
@@ -432,8 +353,7 @@ def forward(
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
-    turned = not keep and walks_turned(q, k, v)
-    solved = _solve(q, k, v, walk, erasure=True, reads=keeps_reads(k, v) and not turned)
+    solved = _solve(q, k, v, walk, erasure=True, reads=keeps_reads(k, v))
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
     joined, transitions = None, None
@@ -453,9 +373,7 @@ def forward(
     piece_ends = new_states(splits.num_pieces, k, v) if want_final else None
     output = torch.empty_like(v)
     wrong = states = None
-    if turned:
-        _run_turned(walk, solved, q, k, v, scale=scale, output=output, starts=starts, final=piece_ends)
-    elif walk.pieces is None:
+    if walk.pieces is None:
         wrong = torch.empty_like(v) if keep else None
         states = new_stored_states(k, v, walk.cuts.num_pieces) if keep else None
         _run_forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.forms import Decay
-from linear_moe.kernels import gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan, wide_scan
+from linear_moe.kernels import delta_forward, gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan, wide_scan
 from linear_moe.kernels.compile_ahead import compile_ahead
 from linear_moe.kernels.operator import differentiable, operator, wants_gradients
 from linear_moe.kernels.splits import Ragged
@@ -248,10 +248,11 @@ def _delta(
     ragged = Ragged(cu_seqlens, max_length, dense)
 
     def forward() -> gated_deltanet.Forward:
-        return gated_deltanet.forward(
-            q, k, v, log_decay, beta, initial_state, ragged, decay=Decay(decay), scale=scale, want_final=want_final,
-            keep=keep,
-        )  # fmt: skip
+        given = (q, k, v, log_decay, beta, initial_state, ragged)
+        options: dict[str, Any] = {"decay": Decay(decay), "scale": scale, "want_final": want_final}
+        if not keep and delta_forward.takes(q, k, v):
+            return delta_forward.forward(*given, **options)
+        return gated_deltanet.forward(*given, **options, keep=keep)
 
     def both() -> None:
         kept = forward().kept

@@ -16,7 +16,8 @@ With S the state before a chunk, and s_j the sum of its log decays up to token j
     o_i  = 2^s_i S^T q_i + sum_j P_ji v_j
     S   <- 2^s_C S + sum_j k_j (2^(s_C - s_j) v_j)^T
 
-take an exponential a pair. As long as decays are mild, one a token is enough: with m the sum at the chunk's middle,
+take an exponential a pair. As long as decays are mild, one a token is enough: with m the sum at the chunk's middle, a decay is
+a factor of what is read by one token and a factor of what is written by the other,
 
     w_j = 2^(m - s_j) v_j
     o_i = 2^(s_i - m) ((2^m S)^T q_i + sum_{j <= i} <k_j, q_i> w_j)
@@ -61,11 +62,15 @@ from linear_moe.kernels.blocks import (
 from linear_moe.kernels.descriptors import describable, described_rows
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.mild_decays import LIMIT, strongest_decay
 from linear_moe.kernels.parallel_scan import plan_of, starts_of
 from linear_moe.kernels.results import Forward
 from linear_moe.kernels.splits import Ragged
 from linear_moe.static_tensors import static
+
+LIMIT = tl.constexpr(40.0)
+"""How far, to base 2, a chunk of a mild decay may fade. No factor is then above 2^40 or below 2^-40, of the 2^126 that float32
+and bfloat16 have either way: two thirds of them are left for what is scaled. A token fades to 0.65 on average. Float16 has no
+such range."""
 
 
 class Launch(NamedTuple):
@@ -134,6 +139,22 @@ def sums_of_chunk(
         middle = tl.load(base + tl.minimum(CHUNK // 2, num_rows) - 1)
         total = tl.load(base + num_rows - 1)
     return summed, middle, total
+
+
+@triton.jit
+def strongest_decay(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+    """The least sum of log decays, to base 2, of a chunk of a walk; `sums` are a token's from its chunk's start."""
+    if DECAY == HEAD_DECAY:
+        least = rate * CHUNK
+    else:
+        CHUNKS: tl.constexpr = 64
+        least_of_each = tl.zeros((CHUNKS,), sums_ptr.dtype.element_ty)
+        for done in range(0, size, CHUNKS * CHUNK):
+            begin = done + CHUNK * tl.arange(0, CHUNKS)
+            total = tl.load(sums_ptr + tl.minimum(begin + CHUNK, size) - 1, mask=begin < size, other=0.0)
+            least_of_each = tl.minimum(least_of_each, total)
+        least = tl.min(least_of_each, 0)
+    return least
 
 
 @triton.jit

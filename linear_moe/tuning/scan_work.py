@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import (
-    delta_turned_walk,
+    delta_forward,
     delta_walks,
     gated_deltanet,
     gla,
@@ -63,17 +63,19 @@ class ScanWork:
             walks = {"forward": delta_walks.forward_kernel, values: delta_walks.values_kernel}
             if not wide:
                 walks["gradients"] = delta_walks.gradients_kernel
-            turned = Entry(
-                gated_deltanet.TURNED_TABLE, (decay, K, V, self.dtype), delta_turned_walk.turned_forward_kernel, sizes
-            )
+            plain, weighted = ({"K": K, "WEIGHTED": folded} for folded in (False, True))
+            alone = [
+                Entry(delta_forward.SOLVE_TABLE, (decay, K, self.dtype), delta_walks.solve_kernel, weighted),
+                Entry(delta_forward.TABLE, (decay, K, V, self.dtype), delta_forward.delta_forward_kernel, sizes),
+            ]
             return [
-                Entry(gated_deltanet.SOLVE_TABLE, (decay, K, self.dtype), delta_walks.solve_kernel, {"K": K}),
+                Entry(gated_deltanet.SOLVE_TABLE, (decay, K, self.dtype), delta_walks.solve_kernel, plain),
                 *(
                     Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                     for name, kernel in walks.items()
                 ),
                 *(self._reads("weighted", DELTA_GRADIENTS) if wide else ()),
-                *((turned,) if self._turned else ()),
+                *(alone if self._delta_alone else ()),
             ]
         if self.form.decay is Decay.VECTOR:
             kernels = {
@@ -85,8 +87,8 @@ class ScanWork:
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
-            alone = Entry(wide_scan.TABLE, (decay, K, V, self.dtype), wide_scan.wide_scan_kernel, sizes)
-            return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel}), alone]
+            whole = Entry(wide_scan.TABLE, (decay, K, V, self.dtype), wide_scan.wide_scan_kernel, sizes)
+            return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel}), whole]
         together = scalar_scan.writes_together(K, V, self.dtype)
         with_decay = self.form.decay is Decay.SCALAR
         # Whether an overlap is made, whether back in time, and what is walked as keys and values: of o, of dq, and of dk and dv
@@ -147,15 +149,15 @@ class ScanWork:
         """Whether gradients are wanted, of the passes that kernels of their own make."""
         scans = self.form.erase is Erase.NONE and self.form.decay is not Decay.VECTOR
         wide = scans and piece_reads.takes(self.key_dim, self.value_dim, self.dtype)
-        return (True, False) if wide or self._turned else (True,)
+        return (True, False) if wide or self._delta_alone else (True,)
 
     @property
-    def _turned(self) -> bool:
-        """Whether the delta rule has a walk of its own where no gradient is wanted."""
+    def _delta_alone(self) -> bool:
+        """Whether it is the delta rule, with kernels of its own where no gradient is wanted."""
         k, v = (
             torch.empty(1, 1, width, dtype=self.dtype, device=self.device) for width in (self.key_dim, self.value_dim)
         )
-        return self.form.erase is Erase.DELTA and gated_deltanet.walks_turned(k, k, v)
+        return self.form.erase is Erase.DELTA and delta_forward.takes(k, k, v)
 
     @property
     def _length(self) -> int:

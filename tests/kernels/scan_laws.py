@@ -15,7 +15,7 @@ from poison import poisoned_memory
 from torch import Tensor
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import gated_deltanet, piece_reads
+from linear_moe.kernels import delta_forward, piece_reads
 from linear_moe.kernels.splits import Ragged
 
 Patch = pytest.MonkeyPatch
@@ -56,7 +56,7 @@ def long_enough_to_split(form: Recurrence, dtype: torch.dtype, patch: Patch) -> 
 
 def clean(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and what comes of them. Of one case, and one choice of the kernels, the splits are always the same."""
-    return _clean(case, piece_reads.takes, gated_deltanet.walks_turned)
+    return _clean(case, piece_reads.takes, delta_forward.takes)
 
 
 @functools.cache

@@ -18,7 +18,6 @@ from cases import DEVICE, Case, check
 from poison import poisoned_memory
 
 from linear_moe.kernels import (
-    delta_turned_walk,
     delta_walks,
     gla_walks,
     library,
@@ -31,7 +30,7 @@ in_the_interpreter = pytest.mark.skipif(
     DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
 )
 _numbers = itertools.count()
-LAUNCHED = (delta_turned_walk, delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks)
+LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks)
 """Modules of kernels that others launch."""
 
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import (
     decode,
+    delta_forward,
     gated_deltanet,
     gla,
     launch_findings,
@@ -180,7 +181,8 @@ def arguments_of(
         entries += [(gated_deltanet.TABLE, (name, decay, *each, dtype)) for name in walks for each in sizes]
         entries += [
             (gated_deltanet.SOLVE_TABLE, (decay, K, dtype)),
-            (gated_deltanet.TURNED_TABLE, (decay, K, V, dtype)),
+            (delta_forward.SOLVE_TABLE, (decay, K, dtype)),
+            (delta_forward.TABLE, (decay, K, V, dtype)),
         ]
         entries += [(piece_reads.TABLE, (decay, "weighted", K, V, dtype))]
     elif form.decay is Decay.VECTOR:

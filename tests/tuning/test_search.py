@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import decode_projections, gated_deltanet, launch_findings, piece_reads
+from linear_moe.kernels import decode_projections, delta_forward, launch_findings, piece_reads
 from linear_moe.kernels.launch import Launched, launch_kernel, recorded
 from linear_moe.kernels.launch_findings import Machine
 from linear_moe.kernels.launch_tables import LaunchTable, trying
@@ -215,7 +215,7 @@ FORMS = [Recurrence(Decay.HEAD), Recurrence(Decay.SCALAR, Erase.DELTA), Recurren
 def use_ways(patch: pytest.MonkeyPatch, *, stored: bool) -> None:
     """Of heads that are wide, or neither wide nor narrow, whatever their size."""
     patch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
-    patch.setattr(gated_deltanet, "walks_turned", lambda q, k, v: not stored)
+    patch.setattr(delta_forward, "takes", lambda q, k, v: not stored)
 
 
 # The other kernels run on what a dry one left undone.
