@@ -22,8 +22,8 @@ With S the state before a chunk, s_t the sum of its log decays up to token t, an
     o_t = scale e^(s_t) S^T q_t + sum_j P'_tj r_j
     S  <- e^(s_C) S + sum_j k_j (e^(s_C - s_j) b_j r_j)^T
 
-Segments that are cut have two more walks of this kind first, which read nothing: from zeros, for what each piece adds to a
-state, and from the identity, for what it does to one.
+Segments that are cut have a walk of this kind first that reads nothing: from zeros, for what each piece adds to a state, and in
+more programs from the identity, for what it does to one.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def delta_forward_kernel(
     THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out, but P', which is made here then.
+    """A null pointer leaves its part out, but P', which is made here then, of keys in one part.
 
     HALF: keys of the state's first part, which may hold all of them. `transitions` `[*, HEADS, K, K]`: the final state of tiles
     past the values', from a start of the identity and with no values.
@@ -238,8 +238,6 @@ def delta_forward_kernel(
                 pairs, read = tl.trans(reads.load([done, 0])), wrong
             else:
                 pairs = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
-                if IN_TWO:
-                    pairs = tl.dot(k_high, tl.trans(q_high), acc=pairs, input_precision=PRECISION)
                 seen = rows[:, None] <= rows[None, :]
                 if DECAY != NO_DECAY:
                     pairs *= decay_where(seen, summed[None, :], summed[:, None])
@@ -258,6 +256,8 @@ def delta_forward_kernel(
                 high *= to_end
             weights *= decay_between(total, summed)
         written = (weights[None, :] * wrong).to(dtype)
+        # The next chunk begins with the first part while the other's product is on its way. Where nothing is read, that makes
+        # ptxas let every product wait for the one before; so there the other comes first.
         if IN_TWO and o_ptr is None:
             high = tl.dot(written, k_high, acc=high, input_precision=PRECISION)
         low = tl.dot(written, k_low, acc=low, input_precision=PRECISION)

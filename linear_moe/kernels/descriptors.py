@@ -1,4 +1,4 @@
-"""Tiles that the hardware's tensor descriptors load, from Hopper on: no thread makes an address, or has registers for it."""
+"""Tiles that the hardware's tensor descriptors move, from Hopper on: no thread makes an address, or has registers for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def _has_descriptors(device: torch.device) -> bool:
 def described_rows(
     ptr, start, size, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A descriptor of tiles `[ROWS, COLUMNS]` of one head of a piece of a tensor `[S, HEADS, WIDTH]`; 0 outside the piece."""
+    """A descriptor of tiles `[ROWS, COLUMNS]` of one head of a piece of a tensor `[S, HEADS, WIDTH]`.
+
+    Outside the piece it loads 0 and stores nothing.
+    """
     # Not even of an empty piece is a descriptor's size 0.
     return tl.make_tensor_descriptor(
         ptr + (start * HEADS + head) * WIDTH, shape=[tl.maximum(size, 1), WIDTH], strides=[HEADS * WIDTH, 1],
