@@ -8,6 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# The interpreter multiplies with numpy, whose library picks kernels for the CPU that it runs on: results would be another
+# machine's in their last bits, and kernels of AVX2 add a row's products in another order where it lies elsewhere in a tile.
+# This one every x86 CPU has; it is read when numpy is imported, which torch does.
+os.environ.setdefault("OPENBLAS_CORETYPE", "Nehalem")
+
 import hypothesis
 import pytest
 import torch
