@@ -182,7 +182,7 @@ def solve_kernel(
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out. WEIGHTED: -E diag(b) and scale P diag(b), of which neither may be left out."""
+    """A null pointer leaves its part out. WEIGHTED: -E diag(b), which may not be left out, and scale P diag(b)."""
     program = tl.program_id(0)
     head = program % HEADS
     start, size = part_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64), PIECE, CHUNK)
