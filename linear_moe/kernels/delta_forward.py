@@ -45,6 +45,7 @@ from linear_moe.kernels.blocks import (
     decay_of,
     decay_where,
     gates_by_head,
+    inverse_precision_of,
     load_numbers,
     load_start,
     new_states,
@@ -300,7 +301,7 @@ def forward(
     gates = gates_by_head(log_decay, beta, cuts.borders, chunk, exact=exact)
     constants = {
         "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "DECAY": kind,
-        "IN_FULL": ragged.in_full(num_tokens, chunk), "PRECISION": precision_of(k.dtype),
+        "IN_FULL": ragged.in_full(num_tokens, chunk),
     }  # fmt: skip
     # A walk of a wide state has no registers for it.
     makes_reads = block <= launch.keys
@@ -309,7 +310,8 @@ def forward(
     launch_kernel(
         solve_kernel, cuts.num_pieces * heads, q, k, gates.sums, gates.beta, erasure, reads, cuts.borders,
         cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block, WEIGHTED=True,
-        num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps, num_stages=1, **constants,
+        PRECISION=inverse_precision_of(k.dtype), num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps,
+        num_stages=1, **constants,
     )  # fmt: skip
 
     def walk(
@@ -326,7 +328,7 @@ def forward(
             delta_forward_kernel, walked.num_pieces * heads * tiles, queries, k, v, gates.sums, gates.beta, erasure, given,
             output, *starts.arguments(), ends, transitions, *walked.arguments(), num_tokens, scale, V=value_dim,
             HALF=block if block <= keys else block // 2, TILE=tile, THREADS=32 * launch.num_warps,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, **constants,
+            PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages, **constants,
         )  # fmt: skip
 
     joined = None

@@ -23,6 +23,7 @@ from linear_moe.kernels.blocks import (
     block_of,
     cdiv,
     gates_by_head,
+    inverse_precision_of,
     new_folded_states,
     new_states,
     num_processors,
@@ -240,7 +241,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
             for wanted in (erasure, reads)
         )
     )
-    constants = walk.constants(k, v)
+    constants = walk.constants(k, v) | {"PRECISION": inverse_precision_of(k.dtype)}
     del constants["V"]
     launch = SOLVE_TABLE.pick(v.device, DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
     launch_kernel(

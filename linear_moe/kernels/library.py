@@ -18,6 +18,9 @@ from linear_moe.kernels.splits import Ragged
 
 Tensors = tuple[Tensor, ...]
 
+NARROW_KEYS = 16
+"""Of fewer channels the delta rules' keys are computed with in float32."""
+
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
@@ -391,8 +394,12 @@ def scan(
     keep = wants_gradients((q, k, v, log_decay, beta, initial_state))
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
-        given = (q, k, v, log_decay, beta.contiguous(), initial_state)
+        # Of what is erased from fewer keys the roundings of a chunk's 64 tokens meet in too few numbers for 16 bits. Nor would
+        # they fill a tensor core.
+        wide = torch.float32 if k.shape[2] < NARROW_KEYS else k.dtype
+        given = (*(x.to(wide) for x in (q, k, v)), log_decay, beta.contiguous(), initial_state)
         output, final_state, *_ = _delta(*given, *where, decay.value, keep)
+        output = output.to(v.dtype)
     elif decay is Decay.VECTOR:
         output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:

@@ -39,13 +39,13 @@ SCALAR = DELTA_FORMS[-1]
 
 
 def always(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """In place of `delta_forward.takes`."""
-    return True
+    """In place of `delta_forward.takes`. Narrow keys come in float32."""
+    return DEVICE == "cpu" or k.dtype != torch.float32
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the dtype."""
+    """Whatever the dtype and the sizes."""
     monkeypatch.setattr(delta_forward, "takes", always)
     monkeypatch.setattr(scan_laws, "widened", lambda case: described(widened(case)))
 
@@ -162,7 +162,7 @@ def test_what_torch_asks_of_an_operator_that_keeps_nothing(form: Recurrence) -> 
 
 @every_form
 def test_compiled_it_gives_the_same(form: Recurrence) -> None:
-    check_compiled(Case(form, (7, 0, 12), 2, 1, K=8, V=16, learns=False, dtype=GPU_DTYPES[0]))
+    check_compiled(Case(form, (7, 0, 12), 2, 1, K=16, V=8, learns=False, dtype=GPU_DTYPES[0]))
 
 
 @pytest.mark.gpu
@@ -187,7 +187,7 @@ def test_whole_heads_in_16_bits(
         dtype=dtype,
     )  # fmt: skip
     check(case)
-    check(replace(case, K=width - 56, V=width - 24))
+    check(replace(case, K=width - 48, V=width - 24))
 
 
 # Keys in two parts, and P' made before the walk; in one, and made in it.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DELTA_FORMS, DTYPES, Case, check_drawn, check_telescoping, draw, nearly_parallel
+from cases import DELTA_FORMS, DTYPES, Case, check, check_drawn, check_telescoping, draw, nearly_parallel
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
@@ -41,10 +41,14 @@ def test_keys_nearly_parallel(form: Recurrence, dtype: torch.dtype, apart: float
 
 @every_form
 @every_dtype
-@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize("K", [1, 2, 5, 15])
 def test_narrow_keys(form: Recurrence, dtype: torch.dtype, K: int) -> None:
+    """Whose roundings meet in few numbers; of 16 bits there are none but those of the inputs and the results."""
     case = Case(form, (40, 3), K=K, V=9, dtype=dtype)
-    check_telescoping(case, draw(case))
+    if dtype == torch.float32:
+        check_telescoping(case, draw(case))
+    else:
+        check(case)
 
 
 WHOLE = Case(Recurrence(Decay.SCALAR, Erase.DELTA), (34, 3), K=10, V=6, spare=4)
