@@ -33,8 +33,8 @@ DTYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
-SHAPES = ((2, 512), (1, 3000))
-"""Sequences and their tokens: of whole chunks; and with states, so long that it is split, with a chunk that is not whole."""
+SHAPES = {"whole": (2, 512), "cut": (1, 3000)}
+"""Sequences and their tokens: of whole chunks; and with states, so long that it is cut, with a chunk that is not whole."""
 
 
 class Compiler:
@@ -104,7 +104,9 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
     torch.autograd.grad(loss, learned)
 
 
-def compile_all(rules: list[str], dims: list[int], threads: int) -> dict[tuple[object, ...], Future[Any]]:
+def compile_all(
+    rules: list[str], dims: list[int], shapes: list[str], threads: int
+) -> dict[tuple[object, ...], Future[Any]]:
     """What the scans of these rules would launch."""
     compiler = Compiler(threads)
     for module in pkgutil.iter_modules(kernels.__path__):
@@ -114,8 +116,8 @@ def compile_all(rules: list[str], dims: list[int], threads: int) -> dict[tuple[o
     for form in [get_rule(rule).form for rule in rules]:
         assert form is not None, rules
         for dim in dims:
-            for batch, length in SHAPES:
-                scan(form, batch, length, dim, states=length == 3000)
+            for shape in shapes:
+                scan(form, *SHAPES[shape], dim, states=shape == "cut")
     compiler.pool.shutdown()
     return compiler.made
 
@@ -124,9 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="*", default=rule_names(), choices=rule_names())
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128, 256])
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    made = compile_all(options.rules, options.head_dims, options.threads)
+    made = compile_all(options.rules, options.head_dims, options.shapes, options.threads)
     for (kernel, *_), future in made.items():
         shared = future.result().metadata.shared
         assert shared <= SHARED_MEMORY, f"{kernel.__name__} takes {shared} bytes of shared memory"  # type: ignore[attr-defined]
