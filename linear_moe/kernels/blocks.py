@@ -265,6 +265,19 @@ def sigmoids(z):
 
 
 @triton.jit
+def sum_of_products(x, y, sum, PRECISION: tl.constexpr):
+    """A sum with x y added, y rounded to the dtype of x; `ieee`: in float64, and left so. A GPU adds the terms of a float32
+    product one after another to the sum, each rounded at its size; and what is erased of what was written can leave a small
+    rest of large numbers.
+    """
+    if PRECISION == "ieee":
+        sum = tl.dot(x.to(tl.float64), y.to(tl.float64), acc=sum.to(tl.float64), out_dtype=tl.float64)
+    else:
+        sum = tl.dot(x, y.to(x.dtype), acc=sum, input_precision=PRECISION)
+    return sum
+
+
+@triton.jit
 def _zero_kernel(ptr, border_ptr, num_tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     border = tl.load(border_ptr)

@@ -36,6 +36,7 @@ from linear_moe.kernels.blocks import (
     rows_left,
     state_offsets,
     store_rows,
+    sum_of_products,
     summed_decays,
     walk_at,
 )
@@ -99,18 +100,6 @@ def _joined(lower, inverse, row, column, FIRST: tl.constexpr, LAST: tl.constexpr
         step = _product(tl.where(joins, lower, 0.0), inverse, PRECISION)
         inverse -= _product(inverse, step, PRECISION)
     return inverse
-
-
-@triton.jit
-def _sum_of_products(x, y, sum, PRECISION: tl.constexpr):
-    """A sum with x y added, y rounded to the dtype of x. In float64 where results are exact: what is erased of what was written
-    can leave a small rest of large numbers.
-    """
-    if PRECISION == "ieee":
-        sum = tl.dot(x.to(tl.float64), y.to(tl.float64), acc=sum.to(tl.float64), out_dtype=tl.float64)
-    else:
-        sum = tl.dot(x, y.to(x.dtype), acc=sum, input_precision=PRECISION)
-    return sum
 
 
 @triton.jit
@@ -429,9 +418,9 @@ def values_kernel(
                 later_reads = tl.where(seen, later_reads, 0.0)
             later_reads = later_reads.to(dtype)
         # Before the products that wait for each other: it waits for none of them.
-        state = _sum_of_products(tl.trans(q), read, state, PRECISION)
-        d_write = _sum_of_products(later_reads, do, d_write, PRECISION)
-        d_write = _sum_of_products(later_erasure, -beta * d_write, d_write, PRECISION).to(tl.float32)
+        state = sum_of_products(tl.trans(q), read, state, PRECISION)
+        d_write = sum_of_products(later_reads, do, d_write, PRECISION)
+        d_write = sum_of_products(later_erasure, -beta * d_write, d_write, PRECISION).to(tl.float32)
         dv = beta * d_write
         if dv_ptr is not None:
             at = (tile.to(tl.int64) * num_tokens + first + rows) * HEADS + head
@@ -439,7 +428,7 @@ def values_kernel(
             store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             dv *= from_start
-        state = _sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)
+        state = sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)
 

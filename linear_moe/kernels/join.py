@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import block_of, cdiv, num_processors
+from linear_moe.kernels.blocks import block_of, cdiv, num_processors, sum_of_products
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.splits import Splits
 
@@ -172,6 +172,7 @@ def _join_affine_kernel(
     PRECISION: tl.constexpr,
 ):
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
+    WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
     program = tl.program_id(0)
     values = (program % NUM_TILES) * TILE + tl.arange(0, TILE)
     head = (program // NUM_TILES) % HEADS
@@ -195,18 +196,19 @@ def _join_affine_kernel(
             moves_at = piece * K * K + keys[:, None] * row_stride + keys[None, :] * column_stride
             moves = tl.load(transitions_ptr + moves_at, mask=(keys < K)[:, None] & (keys < K)[None, :], other=0.0)
             increment = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
-            state = tl.dot(moves, state, acc=increment, input_precision=PRECISION)
+            state = sum_of_products(moves, state, increment, PRECISION).to(tl.float32)
         else:
             # What was just stored is read again a few rows at a time: a product's operand can't be cut out of registers.
             tl.debug_barrier()
-            state = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0)
+            sum = tl.load(increments_ptr + piece * K * V + at, mask=inside, other=0.0).to(WIDE)
             for key in range(0, K, STEP):
                 some = key + tl.arange(0, STEP)
                 moves_at = piece * K * K + keys[:, None] * row_stride + some[None, :] * column_stride
                 moves = tl.load(transitions_ptr + moves_at, mask=(keys < K)[:, None] & (some < K)[None, :], other=0.0)
                 rows_at = piece * K * V + some[:, None] * V + values[None, :]
                 rows = tl.load(starts_ptr + rows_at, mask=(some < K)[:, None] & (values < V)[None, :], other=0.0)
-                state = tl.dot(moves, rows, acc=state, input_precision=PRECISION)
+                sum = sum_of_products(moves, rows, sum, PRECISION)
+            state = sum.to(tl.float32)
     if final_ptr is not None:
         tl.store(final_ptr + (segment * HEADS + head) * K * V + at, state, mask=inside)
     else:
@@ -233,7 +235,8 @@ def join_affine(
         splits: the pieces of the segments.
         reverse: walk the pieces from a segment's last to its first.
         want_final: as in `join`.
-        exact: whether to multiply in float32, or in three tensor-core products that leave off its last bits.
+        exact: whether to multiply in float64, so that each piece rounds a state once, or in three tensor-core products that
+            leave off the last bits of float32.
 
     Returns:
         As `join`.

@@ -60,8 +60,8 @@ WIDE = replace(WHOLE, K=36, V=40)
 CLEAN = {"whole": WHOLE, "cut": CUT, "heads": HEADS, "wide": WIDE}
 
 ROW = "tl.minimum(rows, num_rows - 1)"
-OF_QUERIES = "state = _sum_of_products(tl.trans(q), read, state, PRECISION)"
-OF_ERASES = "state = _sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)"
+OF_QUERIES = "state = sum_of_products(tl.trans(q), read, state, PRECISION)"
+OF_ERASES = "state = sum_of_products(tl.trans(k), -dv, state, PRECISION).to(tl.float32)"
 SEEN = "decay_where(seen, summed[:, None], summed[None, :])"
 ALL = SEEN.replace("where(seen, ", "between(")
 LATER = "decay_where(seen, summed[None, :], summed[:, None])"
@@ -124,7 +124,7 @@ BUGS = {
     ),
     "a split's carry lost": (
         CUT,
-        Bug(join, "state = tl.dot(moves, state, acc=increment, input_precision=PRECISION)", "state = increment"),
+        Bug(join, "state = sum_of_products(moves, state, increment, PRECISION).to(tl.float32)", "state = increment"),
     ),
     "splits joined backwards as forwards": (
         CUT,

@@ -266,6 +266,21 @@ def test_joins_are_a_loop_over_pieces(K: int, V: int, kind: str, initial: bool, 
     )
 
 
+@pytest.mark.parametrize("K", [20, 211])
+def test_an_exact_join_rounds_a_state_once_a_piece(K: int) -> None:
+    """However many channels are summed over."""
+    lengths = (3, 60)
+    splits = cut(borders_of(lengths), sum(lengths), 64, max(lengths))
+    increments, state = torch.randn(splits.num_pieces, 1, K, 20).to(DEVICE), torch.randn(2, 1, K, 20).to(DEVICE)
+    # A chunk of the delta rule is I but for a few directions: sums that are of a state's own size from its own term on.
+    transitions = torch.eye(K, device=DEVICE) + torch.randn(splits.num_pieces, 1, K, K).to(DEVICE) / K
+    _, final = join_affine(increments, transitions, state, splits)
+    assert final is not None and splits.first is not None and splits.first.tolist() == [0, 1, 2]
+    exact = transitions[:2].double() @ state.double() + increments[:2].double()
+    error = (final.double() - exact).abs()
+    assert (error <= 0.501 * torch.finfo(torch.float32).eps * exact.abs() + 1e-13).all()
+
+
 @pytest.mark.parametrize(
     ("lengths", "max_length", "dense", "grain"),
     [
