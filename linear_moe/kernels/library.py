@@ -352,6 +352,24 @@ def _delta_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, 
 differentiable(_delta, _keep_for_delta, _delta_gradients, ahead=False)
 
 
+def _without_first_decays(
+    log_decay: Tensor, initial_state: Tensor, cu_seqlens: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Each token's log decays `[S, H, 1 or K]`, 0 at its segment's first one, and the states that have faded by those.
+
+    The gradient of an initial state is a sum over tokens of reads weighted by all decays up to each, none of them more than the
+    first one's. Without it the largest weight is 1: float16, in which walks multiply them, need not hold a first decay of 1e-6.
+    """
+    begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    by_token = (log_decay if log_decay.dim() == 3 else log_decay[..., None]).expand(num_tokens, -1, -1)
+    # A segment without a token has no first one: it marks the row past the last.
+    empty = ends == begins
+    first = by_token[begins.clamp(max=num_tokens - 1)].masked_fill(empty[:, None, None], 0.0)
+    is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=log_decay.device)
+    is_first = is_first.scatter(0, torch.where(empty, num_tokens, begins), True)[:num_tokens]
+    return by_token.masked_fill(is_first[:, None, None], 0.0), initial_state * first.exp()[..., None]
+
+
 def scan(
     q: Tensor,
     k: Tensor,
@@ -390,6 +408,11 @@ def scan(
     q, k, v = (x.contiguous() for x in (q, k, v))
     initial_state = None if initial_state is None else initial_state.contiguous()
     log_decay = None if log_decay is None else log_decay.float().contiguous()
+    if k.dtype == torch.float16 and log_decay is not None and len(v) and wants_gradients((initial_state,)):
+        assert initial_state is not None
+        log_decay, initial_state = _without_first_decays(log_decay, initial_state, cu_seqlens, len(v))
+        if decay is not Decay.VECTOR:
+            log_decay, decay = log_decay.squeeze(-1), Decay.SCALAR
     where = (cu_seqlens, max_length, dense, scale, return_final_state)
     keep = wants_gradients((q, k, v, log_decay, beta, initial_state))
     if beta is not None:
