@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of 18,000 installed modules few are imported, by many processes: the first of them compiles each, and keeps it.
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint bench clean
 
@@ -26,9 +29,9 @@ bench: $(STAMP)  ## the chunked form against the token loop, on this CPU
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch into $(VENV)"
-	@$(PIP) install --quiet --constraint constraints.txt torch
+	@$(INSTALL) torch
 	@echo "installing linear_moe and its tools into $(VENV)"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 clean:  ## remove everything that the targets made
