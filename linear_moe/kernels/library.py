@@ -362,11 +362,9 @@ def _without_first_decays(
     """
     begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
     by_token = (log_decay if log_decay.dim() == 3 else log_decay[..., None]).expand(num_tokens, -1, -1)
-    # A segment without a token has no first one: it marks the row past the last.
-    empty = ends == begins
-    first = by_token[begins.clamp(max=num_tokens - 1)].masked_fill(empty[:, None, None], 0.0)
-    is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=log_decay.device)
-    is_first = is_first.scatter(0, torch.where(empty, num_tokens, begins), True)[:num_tokens]
+    # A segment without a token has no first one. Its border is where the next begins, or the row past the last.
+    first = by_token[begins.clamp(max=num_tokens - 1)].masked_fill((ends == begins)[:, None, None], 0.0)
+    is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=log_decay.device).index_fill(0, begins, True)[:-1]
     return by_token.masked_fill(is_first[:, None, None], 0.0), initial_state * first.exp()[..., None]
 
 
@@ -405,10 +403,14 @@ def scan(
         The reads `[S, H, V]` in the dtype of v, and the final state `[N, H, K, V]` float32 or None. Differentiable in the
         tensors (in a decay that is constant a head: not); the same input gives the same bits.
     """
-    q, k, v = (x.contiguous() for x in (q, k, v))
+    dtype = v.dtype
+    # Of what is erased from fewer keys the roundings of a chunk's 64 tokens meet in too few numbers for 16 bits. Nor would they
+    # fill a tensor core.
+    wide = torch.float32 if beta is not None and k.shape[2] < NARROW_KEYS else dtype
+    q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
     initial_state = None if initial_state is None else initial_state.contiguous()
     log_decay = None if log_decay is None else log_decay.float().contiguous()
-    if k.dtype == torch.float16 and log_decay is not None and len(v) and wants_gradients((initial_state,)):
+    if wide == torch.float16 and log_decay is not None and len(v) and wants_gradients((initial_state,)):
         assert initial_state is not None
         log_decay, initial_state = _without_first_decays(log_decay, initial_state, cu_seqlens, len(v))
         if decay is not Decay.VECTOR:
@@ -417,12 +419,9 @@ def scan(
     keep = wants_gradients((q, k, v, log_decay, beta, initial_state))
     if beta is not None:
         assert decay in (Decay.NONE, Decay.SCALAR)
-        # Of what is erased from fewer keys the roundings of a chunk's 64 tokens meet in too few numbers for 16 bits. Nor would
-        # they fill a tensor core.
-        wide = torch.float32 if k.shape[2] < NARROW_KEYS else k.dtype
-        given = (*(x.to(wide) for x in (q, k, v)), log_decay, beta.contiguous(), initial_state)
+        given = (q, k, v, log_decay, beta.contiguous(), initial_state)
         output, final_state, *_ = _delta(*given, *where, decay.value, keep)
-        output = output.to(v.dtype)
+        output = output.to(dtype)
     elif decay is Decay.VECTOR:
         output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:

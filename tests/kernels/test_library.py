@@ -65,21 +65,6 @@ def arguments(case: Case) -> tuple[Any, ...]:
     return (*qkv, decay, state, *rest, case.form.decay.value, True)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.decay is not Decay.NONE], ids=str)
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
-def test_decays_of_a_millionth_at_every_token(form: Recurrence, dtype: torch.dtype) -> None:
-    """The first of which is all of an initial state's gradient, and float16 has few bits for it."""
-    case = Case(form, (40, 5, 1), 2, 1, K=20, V=17, spare=2, dtype=dtype)
-    inputs = draw(case)
-    inputs["log_decay"] = torch.full_like(inputs["log_decay"], math.log(1e-6))
-    check(case, inputs)
-    # Segments without a token have no first one, at a border and where no token is left. Their gradients are of another size.
-    empty = replace(case, lengths=(0, 40, 0, 5, 1, 0), spare=0)
-    states = draw(empty)["initial_state"]
-    check(empty, {name: x[: empty.num_tokens] for name, x in inputs.items()} | {"initial_state": states})
-    check(replace(case, lengths=(0, 0)), {name: x[:2] for name, x in inputs.items()})
-
-
 OPERATORS = {"scalar_scan": library._scalar, "gated_deltanet": library._delta, "gla": library._vector}
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
@@ -291,3 +276,18 @@ def test_every_op_has_a_kernel_that_equals_its_chunked_form(name: str) -> None:
         tensors["initial_state"][..., -1] = tensors["initial_state"][..., -1].abs()
     got, reference = (run_op(name, torch.float32, impl, tensors, options) for impl in ("triton", "chunked"))
     assert_within_budget(got, reference, run_op(name, torch.float64, "chunked", tensors, options))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.decay is not Decay.NONE], ids=str)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+def test_decays_of_a_millionth_at_every_token(form: Recurrence, dtype: torch.dtype) -> None:
+    """The first of which is all of an initial state's gradient, and float16 has few bits for it."""
+    case = Case(form, (40, 5, 1), 2, 1, K=20, V=17, spare=2, dtype=dtype)
+    inputs = draw(case)
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], math.log(1e-6))
+    check(case, inputs)
+    # Segments without a token have no first one, at a border and where no token is left. Their gradients are of another size.
+    empty = replace(case, lengths=(0, 40, 0, 5, 1, 0), spare=0)
+    states = draw(empty)["initial_state"]
+    check(empty, {name: x[: empty.num_tokens] for name, x in inputs.items()} | {"initial_state": states})
+    check(replace(case, lengths=(0, 0)), {name: x[:2] for name, x in inputs.items()})
