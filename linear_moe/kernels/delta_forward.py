@@ -228,9 +228,10 @@ def delta_forward_kernel(
             fades = decay_of(summed)[None, :]
             known *= fades
         # Of tiles past the values there are none: zeros.
-        wrong = tl.trans(vs.load([done, tile * TILE])).to(tl.float32) - known
+        # What is erased of it is to be of the same numbers: of keys nearly parallel a small rest is left.
+        wrong = (tl.trans(vs.load([done, tile * TILE])).to(tl.float32) - known).to(dtype)
         erasure = tl.trans(erasures.load([done, 0]))
-        wrong = tl.dot(wrong.to(dtype), erasure, acc=wrong, input_precision=PRECISION)
+        wrong = tl.dot(wrong, erasure, acc=wrong.to(tl.float32), input_precision=PRECISION)
         if o_ptr is not None:
             if DECAY != NO_DECAY:
                 o *= fades
@@ -305,13 +306,13 @@ def forward(
     }  # fmt: skip
     # A walk of a wide state has no registers for it.
     makes_reads = block <= launch.keys
-    erasure = k.new_empty(num_tokens, heads, chunk)
-    reads = None if makes_reads else torch.empty_like(erasure)
+    solved = k.new_empty(1 if makes_reads else 2, num_tokens, heads, chunk)
+    erasure, reads = solved[0], None if makes_reads else solved[1]
     launch_kernel(
-        solve_kernel, cuts.num_pieces * heads, q, k, gates.sums, gates.beta, erasure, reads, cuts.borders,
-        cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block, WEIGHTED=True,
-        PRECISION=inverse_precision_of(k.dtype), num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps,
-        num_stages=1, **constants,
+        solve_kernel, cuts.num_pieces * heads, None if makes_reads else q, k, gates.sums, gates.beta, solved, cuts.borders,
+        cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block, PACKED=False,
+        WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
+        num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps, num_stages=1, **constants,
     )  # fmt: skip
 
     def walk(

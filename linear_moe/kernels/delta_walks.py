@@ -3,13 +3,18 @@
 With r_t = v_t - S'^T k_t what a write finds wrong and u_t = b_t r_t what it writes, the recurrence is the scalar scan of u,
 and so are its gradients for q and k. What the erase adds is that r depends on itself: in a chunk that starts from S_0,
 
-    x = v - e^G k S_0,   r = x - E (b x),   E = A (I + diag(b) A)^-1,   A_tj = <k_t, k_j> e^(G_t - G_j) for j < t
+    x = v - e^G k S_0,   r = x - E (b x),   o = e^G q S_0 + R (b x),   E = A X,   R = P X,   X = (I + diag(b) A)^-1,
+    A_tj = <k_t, k_j> e^(G_t - G_j) for j < t,   P_tj = <q_t, k_j> e^(G_t - G_j) for j <= t
 
-(2412.06464, section 3.3, solved for r rather than u: nothing is divided by b, which may be 0).
+(2412.06464, section 3.3, solved for r rather than u: nothing is divided by b, which may be 0). R reads what the chunk was to
+write, where P would read what it wrote. Of keys nearly parallel the writes each take back the last one's, and in P u their
+roundings would add up; backwards P^T do would sum what all later tokens read, of which the erases leave a small rest. R's
+numbers are that rest. And nothing that R reads waits for E. Of narrow heads, whose other tensors are no larger, E and R are
+kept as one matrix, R - E^T, a triangle each; else apart, as tensor cores read them from shared memory, with no masks.
 
-    solve        chunk-parallel: E, and the reads P_tj = <q_t, k_j> e^(G_t - G_j), j <= t
+    solve        chunk-parallel: E and R
     forward      forwards, a tile of value channels: r and o, from the state S [K, tile] in registers
-    values       backwards, likewise: dw = du - E^T (b du) with du = dS^T k, dv = b dw, and b's gradient <dw, r>
+    values       backwards, likewise: dw = du - E^T (b du) + R^T do with du = dS^T k, dv = b dw, and b's gradient <dw, r>
     gradients    chunk-parallel, a tile of key channels, from the states that the walks stored, with which
                  dq_t = S_t do_t, and dk_t is the write's dS_t u_t less the erase's S'_t dv_t
 
@@ -27,7 +32,6 @@ from linear_moe.kernels.blocks import (
     decay_of,
     decay_where,
     folded_offsets,
-    load_columns,
     load_numbers,
     load_rows,
     load_start,
@@ -148,13 +152,26 @@ def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISIO
 
 
 @triton.jit
+def _load_solved(
+    ptr, first, head, num_tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, rows, valid
+):
+    """-E and R `[C, C]`, as `solve_kernel` leaves them."""
+    erasure = load_rows(ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+    if PACKED:
+        reads = tl.where(rows[:, None] >= rows[None, :], erasure, 0.0)
+        erasure = tl.trans(tl.where(rows[:, None] < rows[None, :], erasure, 0.0))
+    else:
+        reads = load_rows(ptr, num_tokens + first, head, HEADS, CHUNK, rows, rows, valid)
+    return erasure, reads
+
+
+@triton.jit
 def solve_kernel(
     q_ptr,
     k_ptr,
     decay_ptr,
     beta_ptr,
-    erasure_ptr,
-    reads_ptr,
+    solved_ptr,
     borders_ptr,
     borders_stride,
     num_tokens,
@@ -168,10 +185,13 @@ def solve_kernel(
     K_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
+    PACKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out. WEIGHTED: -E diag(b), which may not be left out, and scale P diag(b)."""
+    """`solved`: -E of all tokens, then R of all tokens; without q, -E alone. PACKED: R - E^T, a triangle each.
+    WEIGHTED: -E diag(b), then scale P diag(b).
+    """
     program = tl.program_id(0)
     head = program % HEADS
     start, size = part_of(borders_ptr, borders_stride, (program // HEADS).to(tl.int64), PIECE, CHUNK)
@@ -183,32 +203,40 @@ def solve_kernel(
     num_rows = rows_left(size, 0, CHUNK, IN_FULL)
     valid = rows < num_rows
     k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
-    seen = rows[:, None] >= rows[None, :]
+    beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
+    earlier = rows[:, None] > rows[None, :]
+    overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    summed = beta
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
-        pairs = decay_where(seen, summed[:, None], summed[None, :])
-    if erasure_ptr is not None:
-        beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
-    if reads_ptr is not None:
+        overlaps *= decay_where(earlier, summed[:, None], summed[None, :])
+    else:
+        overlaps = tl.where(earlier, overlaps, 0.0)
+    inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
+    solved = -_product(overlaps.to(inverse.dtype), inverse, PRECISION)
+    if WEIGHTED:
+        solved *= beta[None, :]
+    # As it is kept before it is transposed: a tile of half the size.
+    solved = solved.to(k.dtype)
+    if not PACKED:
+        store_rows(solved_ptr, solved, start, head, HEADS, CHUNK, rows, rows, valid)
+    if q_ptr is not None:
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
+        seen = rows[:, None] >= rows[None, :]
         reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if DECAY != NO_DECAY:
-            reads *= pairs
+            reads *= decay_where(seen, summed[:, None], summed[None, :])
         else:
             reads = tl.where(seen, reads, 0.0)
         if WEIGHTED:
             reads *= scale * beta[None, :]
-        store_rows(reads_ptr, reads, start, head, HEADS, CHUNK, rows, rows, valid)
-    if erasure_ptr is not None:
-        overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            overlaps *= pairs
-        overlaps = tl.where(rows[:, None] > rows[None, :], overlaps, 0.0)
-        inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
-        erasure = _product(overlaps.to(inverse.dtype), inverse, PRECISION)
-        if WEIGHTED:
-            erasure *= -beta[None, :]
-        store_rows(erasure_ptr, erasure, start, head, HEADS, CHUNK, rows, rows, valid)
+        else:
+            reads = _product(reads.to(inverse.dtype), inverse, PRECISION)
+        if PACKED:
+            solved = tl.where(seen, reads.to(k.dtype), tl.trans(solved))
+            store_rows(solved_ptr, solved, start, head, HEADS, CHUNK, rows, rows, valid)
+        else:
+            store_rows(solved_ptr, reads, num_tokens + start, head, HEADS, CHUNK, rows, rows, valid)
 
 
 @triton.jit
@@ -218,8 +246,7 @@ def forward_kernel(
     v_ptr,
     decay_ptr,
     beta_ptr,
-    erasure_ptr,
-    reads_ptr,
+    solved_ptr,
     o_ptr,
     wrong_ptr,
     initial_ptr,
@@ -246,10 +273,11 @@ def forward_kernel(
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
     THREADS: tl.constexpr,
+    PACKED: tl.constexpr,
     TRANSITION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out, but P, which is made here then. `states`: of the state before each PIECE tokens.
+    """A null pointer leaves its part out. `states`: of the state before each PIECE tokens.
     TRANSITION: no values and a start of I, whose final state is what the piece does to any state `[K, K]`.
     """
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
@@ -276,7 +304,7 @@ def forward_kernel(
         num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
         valid = rows < num_rows
         k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        erasure = load_rows(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        erasure, reads = _load_solved(solved_ptr, first, head, num_tokens, HEADS, CHUNK, PACKED, rows, valid)
         beta = load_numbers(beta_ptr + head.to(tl.int64) * num_tokens + first, rows, valid, THREADS)[:, None]
         rounded = state.to(dtype)
         if states_ptr is not None:
@@ -291,26 +319,20 @@ def forward_kernel(
             wrong *= from_start
         if not TRANSITION:
             wrong += load_rows(v_ptr, first, head, HEADS, V, rows, values, valid).to(tl.float32)
-        wrong = tl.dot(erasure, (-beta * wrong).to(dtype), acc=wrong, input_precision=PRECISION)
+        # What rounding b x adds is added to x, or E would leave it over, where of keys nearly parallel little else is left.
+        exact = beta * wrong
+        crossing = exact.to(dtype)
+        wrong += crossing.to(tl.float32) - exact
+        wrong = tl.dot(erasure, crossing, acc=wrong, input_precision=PRECISION)
         written = beta * wrong
         if wrong_ptr is not None:
             store_rows(wrong_ptr, wrong, first, head, HEADS, V, rows, values, valid)
         if o_ptr is not None:
             q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-            if reads_ptr is not None:
-                reads = load_rows(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-            else:
-                seen = rows[:, None] >= rows[None, :]
-                reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                if DECAY != NO_DECAY:
-                    reads *= decay_where(seen, summed[:, None], summed[None, :])
-                else:
-                    reads = tl.where(seen, reads, 0.0)
-                reads = reads.to(dtype)
             o = tl.dot(q, rounded, input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 o *= from_start
-            o = tl.dot(reads, written.to(dtype), acc=o, input_precision=PRECISION)
+            o = tl.dot(reads, crossing, acc=o, input_precision=PRECISION)
             store_rows(o_ptr, scale * o, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             state *= decay_of(total)
@@ -328,8 +350,7 @@ def values_kernel(
     wrong_ptr,
     decay_ptr,
     beta_ptr,
-    erasure_ptr,
-    reads_ptr,
+    solved_ptr,
     dv_ptr,
     dbeta_ptr,
     initial_ptr,
@@ -356,10 +377,11 @@ def values_kernel(
     DECAY: tl.constexpr,
     IN_FULL: tl.constexpr,
     THREADS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone; without
-    `reads` P is made here. `states`: of the gradient after each PIECE tokens, without the scale.
+    """`initial` is the gradient of the piece's last state, `final` that of its first; without `dv`, states alone.
+    `states`: of the gradient after each PIECE tokens, without the scale.
 
     The walk is linear in `do` and its start, so `scale` stands outside it.
     """
@@ -391,9 +413,7 @@ def values_kernel(
         if dv_ptr is not None:
             # Before the products: a tile that is loaded after them would draw the sum with it to its own layout.
             wrong = load_rows(wrong_ptr, first, head, HEADS, V, rows, values, valid)
-        if reads_ptr is not None:
-            later_reads = load_columns(reads_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
-        later_erasure = load_columns(erasure_ptr, first, head, HEADS, CHUNK, rows, rows, valid)
+        erasure, reads = _load_solved(solved_ptr, first, head, num_tokens, HEADS, CHUNK, PACKED, rows, valid)
         beta = load_numbers(beta_ptr + head.to(tl.int64) * num_tokens + first, rows, valid, THREADS)[:, None]
         rounded = state.to(dtype)
         if states_ptr is not None:
@@ -409,18 +429,10 @@ def values_kernel(
             d_write *= decay_between(total, summed)[:, None]
             state *= decay_of(total)
             read = do.to(tl.float32) * from_start
-        if reads_ptr is None:
-            seen = rows[:, None] <= rows[None, :]
-            later_reads = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            if DECAY != NO_DECAY:
-                later_reads *= decay_where(seen, summed[None, :], summed[:, None])
-            else:
-                later_reads = tl.where(seen, later_reads, 0.0)
-            later_reads = later_reads.to(dtype)
         # Before the products that wait for each other: it waits for none of them.
         state = sum_of_products(tl.trans(q), read, state, PRECISION)
-        d_write = sum_of_products(later_reads, do, d_write, PRECISION)
-        d_write = sum_of_products(later_erasure, -beta * d_write, d_write, PRECISION).to(tl.float32)
+        d_write = sum_of_products(tl.trans(erasure), beta * d_write, d_write, PRECISION)
+        d_write = sum_of_products(tl.trans(reads), do, d_write, PRECISION).to(tl.float32)
         dv = beta * d_write
         if dv_ptr is not None:
             at = (tile.to(tl.int64) * num_tokens + first + rows) * HEADS + head

@@ -124,15 +124,6 @@ with 168: 0.201, 0.286, 0.530; with blocks of 32 between those of 16 and the who
 factors are in the order of threads, on an H200: 0.160, 0.190, 0.174 (K 128), and 0.237, 0.231, 0.255 (K 64, E alone)."""
 
 
-class Solved(NamedTuple):
-    """What a chunk knows of its own pairs, `[S, H, C]` in the dtype of q: a token's row of its chunk's matrices."""
-
-    erasure: Tensor | None
-    """E"""
-    reads: Tensor | None
-    """P, where it is made (`keeps_reads`)."""
-
-
 class _Walk(NamedTuple):
     """What all walks of one call have in common."""
 
@@ -172,14 +163,6 @@ def stored_piece(k: Tensor, v: Tensor) -> int | None:
     if piece_reads.takes(k.shape[2], v.shape[2], k.dtype):
         return piece_reads.choose_launch(k.dtype).piece
     return None
-
-
-def keeps_reads(k: Tensor, v: Tensor) -> bool:
-    """Whether a forward pass makes the reads P and keeps them. Walks make them where one has all values of a head and as few
-    keys; of stored pieces only the walk back needs them, and they are made anew: kept, they would be at the peak of memory.
-    """
-    tile = choose_launch("forward", k.shape[2], v.shape[2], k.dtype).tile
-    return max(k.shape[2], v.shape[2]) > tile and stored_piece(k, v) is None
 
 
 def new_stored_states(k: Tensor, v: Tensor, count: int) -> Tensor:
@@ -231,16 +214,19 @@ def _launch(name: str, walk: _Walk, k: Tensor, v: Tensor) -> tuple[int, dict[str
     return v.shape[1] * cdiv(v.shape[2], tile), parameters
 
 
-def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads: bool) -> Solved:
-    """What is wanted of a chunk's matrices."""
+def new_solved(k: Tensor, v: Tensor) -> Tensor:
+    """Room for what chunks know of their own pairs, `[1, S, H, C]` or `[2, S, H, C]` in the dtype of k: a token's row of its
+    chunk's R - E^T of heads no wider than a chunk; else of -E, then of R.
+    """
+    chunk = chunk_length(k, v)
+    return k.new_empty(1 if max(k.shape[2], v.shape[2]) <= chunk else 2, *v.shape[:2], chunk)
+
+
+def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk) -> Tensor:
+    """Of what chunks know all, or, without queries, E."""
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
-    solved = Solved(
-        *(
-            torch.empty(num_tokens, heads, chunk, dtype=k.dtype, device=k.device) if wanted else None
-            for wanted in (erasure, reads)
-        )
-    )
+    solved = new_solved(k, v)
     constants = walk.constants(k, v) | {"PRECISION": inverse_precision_of(k.dtype)}
     del constants["V"]
     launch = SOLVE_TABLE.pick(v.device, DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
@@ -251,7 +237,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
         k,
         walk.decays,
         walk.beta,
-        *solved,
+        solved,
         walk.cuts.borders,
         walk.cuts.borders.stride(0),
         num_tokens,
@@ -260,6 +246,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
         CHUNK=chunk,
         LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
+        PACKED=len(solved) == 1,
         WEIGHTED=False,
         num_warps=launch.num_warps,
         num_stages=1,
@@ -271,7 +258,7 @@ def _solve(q: Tensor, k: Tensor, v: Tensor, walk: _Walk, *, erasure: bool, reads
 
 def _run_forward(
     walk: _Walk,
-    solved: Solved,
+    solved: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -295,8 +282,7 @@ def _run_forward(
         v,
         walk.decays,
         walk.beta,
-        solved.erasure,
-        solved.reads,
+        solved,
         output,
         wrong,
         *starts.arguments(),
@@ -307,6 +293,7 @@ def _run_forward(
         0 if states is None else states.stride(0),
         v.shape[0],
         scale,
+        PACKED=len(solved) == 1,
         TRANSITION=transition,
         **parameters,
         **walk.constants(k, v),
@@ -318,7 +305,8 @@ class Kept(NamedTuple):
 
     wrong: Tensor
     """r `[S, H, V]` in the dtype of v."""
-    solved: Solved
+    solved: Tensor
+    """As `new_solved` says."""
     joined: Tensor | None
     """`[P, H, K, V]` float32, the states that splits start from but a segment's first, where some are cut and walks read."""
     transitions: Tensor | None
@@ -354,7 +342,8 @@ def forward(
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
-    solved = _solve(q, k, v, walk, erasure=True, reads=keeps_reads(k, v))
+    # Walks that store states do not read: the reads are for the walk back.
+    solved = _solve(q if keep or walk.pieces is None else None, k, v, walk)
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
     joined, transitions = None, None
@@ -438,9 +427,6 @@ def backward(
     constants = walk.constants(k, v)
     starts = Starts(initial_state, kept.joined, splits)
     programs, parameters = _launch("values", walk, k, v)
-    reads = kept.solved.reads
-    if walk.pieces is not None:
-        reads = _solve(q, k, v, walk, erasure=False, reads=True).reads
     tiles = cdiv(value_dim, parameters["TILE"])
     d_beta = torch.empty(tiles, num_tokens, heads, dtype=torch.float32, device=v.device)
     if not ragged.dense:
@@ -448,7 +434,6 @@ def backward(
     dv = torch.empty_like(v)
 
     def run_values(
-        reads: Tensor | None,
         output: Tensor | None,
         start: Starts,
         final: Tensor | None,
@@ -457,15 +442,16 @@ def backward(
     ) -> None:
         launch_kernel(
             values_kernel, walked.num_pieces * programs, q, k, d_output, kept.wrong, walk.decays, walk.beta,
-            kept.solved.erasure, reads, output, d_beta, *start.arguments(), final, states, splits.begins,
-            *walked.arguments(), 0 if states is None else states.stride(0), num_tokens, scale, **parameters, **constants,
+            kept.solved, output, d_beta, *start.arguments(), final, states, splits.begins,
+            *walked.arguments(), 0 if states is None else states.stride(0), num_tokens, scale, PACKED=len(kept.solved) == 1,
+            **parameters, **constants,
         )  # fmt: skip
 
     reverse_joined = None
     if splits.cut:
         assert kept.transitions is not None
         increments = new_states(splits.num_pieces, k, v)
-        run_values(reads, None, FROM_ZEROS, increments, splits.handing_on(reverse=True))
+        run_values(None, FROM_ZEROS, increments, splits.handing_on(reverse=True))
         exact = k.dtype == torch.float32
         reverse_joined, _ = join_affine(
             increments, kept.transitions.mT, d_final, splits, reverse=True, want_final=False, exact=exact
@@ -473,9 +459,7 @@ def backward(
     wants_ends = initial_state is not None or kept.joined is not None
     piece_ends = new_states(splits.num_pieces, k, v) if wants_ends else None
     ends = [new_stored_states(k, v, walk.cuts.num_pieces)]
-    run_values(reads, dv, Starts(d_final, reverse_joined, splits), piece_ends, splits.all, *ends)
-    # Its memory is free for what comes next.
-    del reads
+    run_values(dv, Starts(d_final, reverse_joined, splits), piece_ends, splits.all, *ends)
     d_initial = None
     if initial_state is not None:
         assert piece_ends is not None

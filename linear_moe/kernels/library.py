@@ -247,7 +247,7 @@ differentiable(_vector, _keep_for_vector, _vector_gradients, ahead=False)
 def _delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor, max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ragged = Ragged(cu_seqlens, max_length, dense)
 
     def forward() -> gated_deltanet.Forward:
@@ -278,11 +278,9 @@ def _delta(
         kind = _kind("gated_deltanet", q, k, v, log_decay, initial_state, ragged, beta.dtype, want_final, decay, keep)
         compile_ahead(v.device, kind, both)
         made = forward()
-    kept: tuple[Tensor | None, ...] = (None,) * 6
-    if made.kept is not None:
-        kept = (made.kept.wrong, *made.kept.solved, made.kept.joined, made.kept.transitions, made.kept.states)
-    wrong, erasure, reads, starts, transitions, states = (_or_empty(x, v) for x in kept)
-    return made.output, _or_empty(made.final_state, v), wrong, erasure, reads, starts, transitions, states
+    kept: tuple[Tensor | None, ...] = (None,) * 5 if made.kept is None else made.kept
+    wrong, solved, starts, transitions, states = (_or_empty(x, v) for x in kept)
+    return made.output, _or_empty(made.final_state, v), wrong, solved, starts, transitions, states
 
 
 @torch.library.register_fake("linear_moe::gated_deltanet")
@@ -290,12 +288,12 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
     ragged = Ragged(cu_seqlens, max_length, dense)
     pieces = _pieces(v, ragged, gated_deltanet.piece_length(k, v, ragged)) if keep else None
     chunk, stored = gated_deltanet.chunk_length(k, v), gated_deltanet.stored_piece(k, v)
-    reads, none = gated_deltanet.keeps_reads(k, v), _or_empty(None, v)
+    none = _or_empty(None, v)
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
         torch.empty_like(v) if keep else none,
-        *(v.new_empty(*v.shape[:2], chunk) if kept else _or_empty(None, v) for kept in (keep, keep and reads)),
+        gated_deltanet.new_solved(k, v) if keep else none.clone(),
         _states_like(k, v, pieces if stored is None else None),
         _states_like(k, v, pieces, k.shape[2]),
         gated_deltanet.new_stored_states(k, v, ragged.num_pieces(v.shape[0], stored or chunk))
@@ -307,10 +305,9 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
 @operator("gated_deltanet_backward")
 def _delta_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, wrong: Tensor, log_decay: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor, erasure: Tensor, reads: Tensor, starts: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor, solved: Tensor, starts: Tensor,
     transitions: Tensor, states: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    solved = gated_deltanet.Solved(erasure, _or_none(reads))
     kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), states)
     with torch.cuda.device_of(q):
         made = gated_deltanet.backward(
@@ -323,7 +320,7 @@ def _delta_backward(
 
 @torch.library.register_fake("linear_moe::gated_deltanet_backward")
 def _(
-    d_output, d_final, q, k, wrong, log_decay, beta, initial_state, cu_seqlens, erasure, reads, starts, transitions,
+    d_output, d_final, q, k, wrong, log_decay, beta, initial_state, cu_seqlens, solved, starts, transitions,
     states, max_length, dense, scale, decay,
 ):  # fmt: skip
     return (

@@ -238,16 +238,17 @@ def nearly_parallel(case: Case, apart: float) -> dict[str, Tensor]:
     return inputs | {"k": k.to(DEVICE, case.dtype), "beta": torch.ones_like(inputs["beta"])}
 
 
-def check_telescoping(case: Case, inputs: dict[str, Tensor]) -> None:
+def check_telescoping(case: Case, inputs: dict[str, Tensor], roundings: float | None = None) -> None:
     """The budget where each write takes back the last one.
 
     Sums along a chunk then telescope: of up to C terms of a result's own size, each rounded, one is left, and their roundings
-    add up as a random walk does. The recurrence, and the chunked form with its chunks of K / 2 tokens, forget them sooner. Of a
-    state even less is left: it is a difference of writes k u^T, its gradient one of k dv^T, and k has length 1.
+    add up as a random walk does: to as many as `roundings`, the root of C unless given. The recurrence, and the chunked form
+    with its chunks of K / 2 tokens, forget them sooner. Of a state even less is left: it is a difference of writes k u^T, its
+    gradient one of k dv^T, and k has length 1.
     """
+    roundings = roundings or gated_deltanet.choose_launch("forward", case.K, case.V, case.dtype).chunk ** 0.5
 
     def terms(exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        roundings = gated_deltanet.choose_launch("forward", case.K, case.V, case.dtype).chunk ** 0.5
         beside = {"final_state": inputs["v"].double()}
         if case.learns:
             beside["d_initial_state"] = exact["d_v"]

@@ -233,26 +233,26 @@ STORE = "outputs.store([done, tile * TILE]"
 BUGS = {
     "a causal mask dropped": walk(PLAIN, "pairs = tl.where(seen, pairs, 0.0)", "pass"),
     "a causal mask of fading pairs dropped": walk(ONE_PART, "decay_where(seen, summed", "decay_between(summed"),
-    "a causal mask dropped before": solve(
-        NO_DECAY, "reads = tl.where(seen, reads, 0.0)\n        if", "pass\n        if"
-    ),
+    "a causal mask dropped before": solve(NO_DECAY, "reads = tl.where(seen, reads, 0.0)", "pass"),
     "pairs that do not fade": walk(
         ONE_PART, "decay_where(seen, summed[None, :]", "decay_where(seen, 0 * summed[None, :]"
     ),
-    "pairs that do not fade before": solve(MILD, "reads *= pairs", "reads = tl.where(seen, reads, 0.0)"),
-    "erasures that do not fade": solve(MILD, "overlaps *= pairs", "pass"),
+    "pairs that do not fade before": solve(MILD, "reads *= decay_where(seen,", "reads *= decay_where(seen, 0 *"),
+    "erasures that do not fade": solve(
+        MILD, "overlaps *= decay_where(earlier,", "overlaps *= decay_where(earlier, 0 *"
+    ),
     **of_both("what is known does not fade", "known *= fades", "pass"),
     **of_both("what is read does not fade", "o *= fades", "pass"),
     **of_both("a write does not fade", "weights *= decay_between(total, summed)", "pass"),
     "the first part does not fade": walk(ONE_PART, "low *= to_end", "pass"),
     "the second part does not fade": walk(MILD, "high *= to_end", "pass"),
-    "beta forgotten in what is erased": solve(MILD, "erasure *= -beta[None, :]", "erasure *= -1.0"),
-    "what is erased is added": solve(MILD, "erasure *= -beta[None, :]", "erasure *= beta[None, :]"),
+    "beta forgotten in what is erased": solve(MILD, "solved *= beta[None, :]", "pass"),
+    "what is erased is added": solve(MILD, "solved *= beta[None, :]", "solved *= -beta[None, :]"),
     "beta forgotten in what is read": walk(ONE_PART, "wrong * beta[None, :]", "wrong"),
     "beta forgotten in what is read before": solve(MILD, "reads *= scale * beta[None, :]", "reads *= scale"),
     **of_both("beta forgotten in what is written", "weights = beta", "weights = 0 * beta + 1.0"),
     **of_both(
-        "what is erased stays", "wrong = tl.dot(wrong.to(dtype), erasure, acc=wrong", "tl.dot(wrong.to(dtype), erasure"
+        "what is erased stays", "wrong = tl.dot(wrong, erasure, acc=wrong.to(tl.float32)", "tl.dot(wrong, erasure"
     ),
     **of_both("erasures not transposed", "tl.trans(erasures.load([done, 0]))", "erasures.load([done, 0])"),
     **of_both("what is known is added", "to(tl.float32) - known", "to(tl.float32) + known"),
