@@ -62,11 +62,11 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
     """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), or of the "gradients"
     that are no walk. All share one chunk.
 
-    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H16 K = V = 128, 1 to 3 stages),
-    without stores of states: forward 0.389, 0.399, 0.282; values 0.414, 0.505, 0.467, in full 0.415, 0.480, 0.353. Tiles of 32
-    and 8 warps are slower. With them, on an H200: forward -, 0.443, 0.353; values in full 0.436, 0.495, 0.412; gradients 0.609,
-    0.522, 0.755. There at B32 T2048 H16 K = V = 64: forward 0.368, 0.286, 0.271; values in full 0.308, 0.295, 0.266; gradients,
-    whose loop has one step, 0.44.
+    From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of training passes with a scalar decay, 1 to 3
+    stages). At B8 T4096 H16 K = V = 128: forward -, 0.487, 0.410; values in full 0.516, 0.570, 0.450; of as many tokens in 8
+    unequal segments values 0.888, 0.902, 0.809. At B32 T2048 H16 K = V = 64: forward -, 0.358, 0.361; values in full 0.386,
+    0.372, 0.354. Gradients on an H200 0.609, 0.522, 0.755, and, of K = 64, whose loop has one step, 0.44. Tiles of 32 and 8
+    warps are slower.
     At B8 T4096 H4 K = V = 256, where forward and values only write, tiles of 64 on 8 warps with 2 and 3 stages: forward 0.280,
     0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of
     which two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with 32, 1.202 with 64.
@@ -79,9 +79,8 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
         if walk == "forward":
             return Launch(chunk=64, tile=32, num_warps=4, num_stages=2)
         return Launch(chunk=64, tile=64, num_warps=8, num_stages=2)
-    if walk in ("forward", "values in full"):
-        return Launch(chunk=64, tile=64, num_warps=4, num_stages=3)
-    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if largest <= 64 or walk == "gradients" else 1)
+    few = walk == "gradients" or (walk == "values" and largest <= 64)
+    return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if few else 3)
 
 
 TABLE = LaunchTable(
@@ -117,11 +116,10 @@ SOLVE_TABLE = LaunchTable(
 
 
 SOLVE_REGISTERS = 168
-"""Of a thread: three programs a multiprocessor instead of two, for four spills. Measured on an H100 (torch 2.11, triton 3.6,
-bf16; ms of the solve with 168, without a limit, with 128): 0.143, 0.166, 0.158 at 98,304 tokens, H4 K 256, E alone; 0.207,
-0.236, 0.226 at 32,768, H16 K 128; 0.378, 0.458, 0.378 at 65,536, H16 K 64. With an inverse of whole matrices from pairs on,
-with 168: 0.201, 0.286, 0.530; with blocks of 32 between those of 16 and the whole: 0.163, 0.234, 0.421. Since its products'
-factors are in the order of threads, on an H200: 0.160, 0.190, 0.174 (K 128), and 0.237, 0.231, 0.255 (K 64, E alone)."""
+"""Of a thread: three programs a multiprocessor instead of two, for some spills. Measured on an H100 (torch 2.11, triton 3.6,
+bf16, scalar decay; ms of a solve that makes R - E^T, with 168, without a limit, with 128): 0.192, 0.211, 0.247 at 32,768
+tokens, H16 K 128; 0.322, 0.373, 0.385 at 65,536, H16 K 64; 0.092, 0.082, 0.106 at 32,768, H4 K 256. An inverse of whole
+matrices from pairs on takes 1.4 times as long as one of blocks of 16 first, one with blocks of 32 between 1.1 (of E alone)."""
 
 
 class _Walk(NamedTuple):
