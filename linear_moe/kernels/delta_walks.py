@@ -206,7 +206,6 @@ def solve_kernel(
     beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
     earlier = rows[:, None] > rows[None, :]
     overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    summed = beta
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
         overlaps *= decay_where(earlier, summed[:, None], summed[None, :])
