@@ -5,7 +5,6 @@ Kernels are the same, and so is every number. The names are the interpreter's ow
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
@@ -24,6 +23,8 @@ def install() -> None:
     _compute_with_what_is_alike()
     # Every sum of integers is made again in 64 bits, to see whether 32 were enough. Of tests' sizes they are.
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    # What NumPy made has numbers of its dtype's size.
+    interpreter.TensorHandle.__post_init__ = lambda self: None  # type: ignore[method-assign]
 
 
 def _replace_language_once_a_launch() -> None:
@@ -89,8 +90,6 @@ def _make_shapes_once() -> None:
         self.shape, self.numel = of_tensors[sizes]
 
     core.block_type.__init__, core.tensor.__init__ = begin_type, begin_tensor
-    # What NumPy made is as large as it is.
-    interpreter.TensorHandle.__post_init__ = lambda self: None  # type: ignore[method-assign]
 
 
 def _call_builtins_at_once() -> None:
@@ -149,8 +148,7 @@ def _compute_with_what_is_alike() -> None:
 
         setattr(semantic, name, quick)
 
-    for name in ("add", "sub", "mul"):
-        quicken(name, getattr(operator, name), of_both, of_number)
+    sums = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
     comparisons = {
         "less_than": numpy.less,
         "less_equal": numpy.less_equal,
@@ -159,6 +157,8 @@ def _compute_with_what_is_alike() -> None:
         "equal": numpy.equal,
         "not_equal": numpy.not_equal,
     }
+    for name, compute in sums.items():
+        quicken(name, compute, of_both, of_number)
     for name, compute in comparisons.items():
         quicken(name, compute, of_both, of_number, core.int1)
     quicken("and_", numpy.logical_and, of_masks, {})
