@@ -215,6 +215,13 @@ def solve_kernel(
     solved = -_product(overlaps.to(inverse.dtype), inverse, PRECISION)
     if WEIGHTED:
         solved *= beta[None, :]
+        writes = solved
+    else:
+        writes = solved * beta[None, :]
+    # What rounding adds to a token's erase the next ones take back, as they do what is written there: of keys nearly parallel
+    # it would stay.
+    added = solved.to(k.dtype).to(solved.dtype) - solved
+    solved += tl.dot(writes.to(k.dtype), added.to(k.dtype), input_precision=PRECISION)
     # As it is kept before it is transposed: a tile of half the size.
     solved = solved.to(k.dtype)
     if not PACKED:
@@ -528,14 +535,17 @@ def gradients_kernel(
         pairs = tl.where(earlier, 1.0, 0.0)
     # What is written is u = b r.
     pairs *= beta[None, :]
-    reads = (scale * pairs * reads).to(dtype)
+    exact = scale * pairs * reads
+    reads = exact.to(dtype)
+    # What rounding takes from pairs goes to the token's own, whose key is nearly theirs where it would add up.
+    taken = tl.sum(exact, 1) - tl.sum(reads.to(tl.float32), 1)
     erases = (pairs * erases).to(dtype)
     dq = tl.dot(reads, k, acc=(scale * from_start)[:, None] * dq, input_precision=PRECISION)
     erased = tl.dot(erases, k, acc=from_start[:, None] * erased, input_precision=PRECISION)
     if read_ptr is not None:
         overlap = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(k.to(tl.float32) * erased, 1)
         tl.store(read_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
-    store_rows(dq_ptr, dq + own[:, None] * k.to(tl.float32), start, head, HEADS, K, rows, keys, valid)
+    store_rows(dq_ptr, dq + (own + taken)[:, None] * k.to(tl.float32), start, head, HEADS, K, rows, keys, valid)
     dk = tl.dot(tl.trans(reads), q, acc=to_end[:, None] * dk, input_precision=PRECISION)
     dk = dk - tl.dot(tl.trans(erases), k, input_precision=PRECISION)
     if written_ptr is not None:

@@ -338,12 +338,12 @@ def delta_reads_kernel(
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     end = tl.minimum((block + 1) * ROWS, size)
     if part == 0:
-        dq, _ = read_rows(
+        dq, own = read_rows(
             do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
             scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, True,
             THREADS, PRECISION,
         )  # fmt: skip
-        own = tl.load(own_ptr + at, mask=valid, other=0.0)
+        own = _settled(own, own_ptr + at, valid)
         if DECAY != NO_DECAY:
             read = _finish(
                 dq, own, q_ptr, k_ptr, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K

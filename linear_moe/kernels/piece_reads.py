@@ -131,7 +131,9 @@ def add_pairs(
     COLUMNS: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, IN_FULL: tl.constexpr,
     REVERSE: tl.constexpr, APART: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`o` with the pairs of columns `begin` to `end` added. APART: a token's own pair is not, but summed up in `own`."""
+    """`o` with the pairs of columns `begin` to `end` added. APART: a token's own pair is not, but summed up in `own`, and, of
+    weighted pairs, what rounding takes from them: of keys nearly parallel it would add up, and theirs is nearly the token's.
+    """
     keys = tl.arange(0, K_BLOCK)
     values = tl.arange(0, V_BLOCK)
     b_head = head // (HEADS // B_HEADS)
@@ -159,7 +161,10 @@ def add_pairs(
                 products *= decay_where(seen, others[None, :], summed[:, None])
             else:
                 products *= decay_where(seen, summed[:, None], others[None, :])
-        o = tl.dot(products.to(c.dtype), c, acc=o, input_precision=PRECISION)
+        rounded = products.to(c.dtype)
+        if APART and weight_ptr is not None:
+            own += tl.sum(products - rounded.to(tl.float32), 1)
+        o = tl.dot(rounded, c, acc=o, input_precision=PRECISION)
     return o, own
 
 

@@ -7,12 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DELTA_FORMS, DTYPES, Case, check, check_drawn, check_telescoping, draw, nearly_parallel
+from cases import (
+    DELTA_FORMS,
+    DTYPES,
+    Case,
+    check,
+    check_drawn,
+    check_telescoping,
+    chunked,
+    draw,
+    kernels,
+    nearly_parallel,
+    results,
+)  # fmt: skip
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import blocks, decay_gradient, delta_walks, gated_deltanet, join
+from linear_moe.kernels.splits import Ragged
 
 every_form = pytest.mark.parametrize("form", DELTA_FORMS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,7 +49,42 @@ def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: p
 def test_keys_nearly_parallel(form: Recurrence, dtype: torch.dtype, apart: float) -> None:
     """At full strength: powers of the pairs' triangle would grow as binomials do."""
     case = Case(form, (70, 5), K=16, V=8, rate=0.05, dtype=dtype)
-    check_telescoping(case, nearly_parallel(case, apart), roundings=2 if apart else None)
+    check_telescoping(case, nearly_parallel(case, apart), roundings=2)
+
+
+@every_form
+def test_what_rounding_adds_to_erases_is_taken_back(form: Recurrence) -> None:
+    """Of keys nearly parallel a chunk's roundings would add up in the state, as a random walk does, to more than one."""
+    case = Case(form, (64,), V=72, rate=0.0, dtype=torch.float16)
+    inputs = nearly_parallel(case, 0.01)
+    k, beta = inputs["k"][:, 0].double(), inputs["beta"].double()
+    overlaps = (k @ k.mT).tril(-1)
+    erases = overlaps @ torch.linalg.inv(torch.eye(64, device=k.device) + beta * overlaps)
+    ragged = Ragged(case.cu_seqlens, case.num_tokens, True)
+    made = gated_deltanet.forward(
+        *(inputs[name] for name in "qkv"), inputs.get("log_decay"), inputs["beta"], None, ragged, decay=form.decay, scale=1.0,
+        want_final=False, keep=True,
+    )  # fmt: skip
+    assert made.kept is not None
+    added = -made.kept.solved[0, :, 0].double() - erases
+    assert added.abs().max() > 0
+    assert (k.mT @ (beta * added)).norm() < torch.finfo(case.dtype).eps / 2
+
+
+@every_form
+@pytest.mark.parametrize("K", [16, 136])
+def test_roundings_of_pairs_do_not_add_up(form: Recurrence, K: int) -> None:
+    """Where all keys are one and values whole numbers, the pairs are all of the queries' gradient that rounds."""
+    case = Case(form, (64,), K=K, V=8, rate=0.0, initial=False, used=("output",), dtype=torch.float16)
+    inputs = draw(case)
+    inputs |= {
+        "k": torch.zeros_like(inputs["k"]),
+        "v": (4 * inputs["v"]).round(),
+        "beta": torch.ones_like(inputs["beta"]),
+    }
+    inputs["k"][..., 0] = 1
+    made, exact = results(kernels, case, inputs)["d_q"], results(chunked, case, inputs, torch.float64)["d_q"]
+    assert (made.double() - exact).abs().max() < torch.finfo(case.dtype).eps * exact.abs().max()
 
 
 @every_form
