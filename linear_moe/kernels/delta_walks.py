@@ -213,11 +213,9 @@ def solve_kernel(
         overlaps = tl.where(earlier, overlaps, 0.0)
     inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
     solved = -_product(overlaps.to(inverse.dtype), inverse, PRECISION)
+    writes = solved * beta[None, :]
     if WEIGHTED:
-        solved *= beta[None, :]
-        writes = solved
-    else:
-        writes = solved * beta[None, :]
+        solved = writes
     # What rounding adds to a token's erase the next ones take back, as they do what is written there: of keys nearly parallel
     # it would stay.
     added = solved.to(k.dtype).to(solved.dtype) - solved

@@ -245,8 +245,8 @@ def delta_writes_kernel(
     THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The write's part of dk, and each token's own pair, b <r, scale do>. `written`: <dk, k> without it; a null pointer without
-    a decay.
+    """The write's part of dk. `written`: <dk, k> without a token's own pair; a null pointer without a decay. `own` is room for
+    a number of each token.
 
     `minus` is -1, and no constant: of a sum of products of which only the sign is turned, ptxas (12.8, that of triton 3.6) can
     leave the products out.
@@ -323,7 +323,7 @@ def delta_reads_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq, and the erase's part of dk, added to what `dk` holds. `read` and `erased`: <dq, q> and <dk, k> without a token's own
-    pair; null pointers without a decay.
+    pair; null pointers without a decay. `own` is room for a number of each token.
     """
     program = tl.program_id(0)
     part = program % 2

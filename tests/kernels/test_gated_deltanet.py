@@ -19,7 +19,7 @@ from cases import (
     kernels,
     nearly_parallel,
     results,
-)  # fmt: skip
+)
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
