@@ -14,13 +14,16 @@ segment, head, tile of value channels) and reads as it goes, at any width:
     - what each chunk knows of its own pairs, `solve` makes for all chunks in parallel, with all that is known before the walk
       multiplied in: the strengths, the scale, and every decay between two tokens
 
-With S the state before a chunk, s_t the sum of its log decays up to token t, and E and P as there,
+With S the state before a chunk, s_t the sum of its log decays up to token t, and E, P and R as there,
 
-    E' = -E diag(b)            P' = scale P diag(b)
+    E' = -E diag(b)            R' = scale R diag(b)
     x_t = v_t - e^(s_t) S^T k_t
     r_t = x_t + sum_j E'_tj x_j
-    o_t = scale e^(s_t) S^T q_t + sum_j P'_tj r_j
+    o_t = scale e^(s_t) S^T q_t + sum_j R'_tj x_j
     S  <- e^(s_C) S + sum_j k_j (e^(s_C - s_j) b_j r_j)^T
+
+A walk of narrow heads has room to make P itself, which is faster than R' by way of memory: there it is P (b r) that is read.
+Of keys nearly parallel each write takes back the last one's, and the roundings of both would be left: both are two numbers.
 
 Segments that are cut have a walk of this kind first that reads nothing: from zeros, for what each piece adds to a state, and in
 more programs from the identity, for what it does to one.
@@ -75,6 +78,8 @@ class Launch(NamedTuple):
     """Of a state in one part where a walk reads; of more it is in two."""
     moved_keys: int
     """The same where it does not."""
+    paired_keys: int
+    """Of heads whose pairs a walk makes itself. Wider ones leave no registers for it."""
     tile: int
     """Value channels of a program."""
     num_warps: int
@@ -93,8 +98,8 @@ def choose_launch(dtype: torch.dtype) -> Launch:
     """
     if dtype == torch.float32:
         # Exact products take no tensor cores, and the tiles twice the memory.
-        return Launch(chunk=32, keys=16, moved_keys=16, tile=16, num_warps=4, num_stages=1)
-    return Launch(chunk=32, keys=128, moved_keys=64, tile=64, num_warps=4, num_stages=3)
+        return Launch(chunk=32, keys=16, moved_keys=16, paired_keys=16, tile=16, num_warps=4, num_stages=1)
+    return Launch(chunk=32, keys=128, moved_keys=64, paired_keys=64, tile=64, num_warps=4, num_stages=3)
 
 
 TABLE = LaunchTable(
@@ -134,6 +139,15 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 @triton.jit
+def _product_of_two(x, y, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum of acc and x y, whose factors are two numbers of `dtype` each; without the product of the two small ones."""
+    large_x, large_y = x.to(dtype), y.to(dtype)
+    acc = tl.dot(large_x, large_y, acc=acc, input_precision=PRECISION)
+    acc = tl.dot((x - large_x.to(tl.float32)).to(dtype), large_y, acc=acc, input_precision=PRECISION)
+    return tl.dot(large_x, (y - large_y.to(tl.float32)).to(dtype), acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
 def delta_forward_kernel(
     q_ptr,
     k_ptr,
@@ -166,7 +180,7 @@ def delta_forward_kernel(
     THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out, but P', which is made here then, of keys in one part.
+    """A null pointer leaves its part out, but R', in place of which P is made here then, of keys in one part.
 
     HALF: keys of the state's first part, which may hold all of them. `transitions` `[*, HEADS, K, K]`: the final state of tiles
     past the values', from a start of the identity and with no values.
@@ -229,15 +243,14 @@ def delta_forward_kernel(
             known *= fades
         # Of tiles past the values there are none: zeros.
         # What is erased of it is to be of the same numbers: of keys nearly parallel a small rest is left.
-        wrong = (tl.trans(vs.load([done, tile * TILE])).to(tl.float32) - known).to(dtype)
+        crossing = (tl.trans(vs.load([done, tile * TILE])).to(tl.float32) - known).to(dtype)
         erasure = tl.trans(erasures.load([done, 0]))
-        wrong = tl.dot(wrong, erasure, acc=wrong.to(tl.float32), input_precision=PRECISION)
+        wrong = tl.dot(crossing, erasure, acc=crossing.to(tl.float32), input_precision=PRECISION)
         if o_ptr is not None:
             if DECAY != NO_DECAY:
                 o *= fades
             if reads_ptr is not None:
-                o *= scale
-                pairs, read = tl.trans(reads.load([done, 0])), wrong
+                o = tl.dot(crossing, tl.trans(reads.load([done, 0])), acc=scale * o, input_precision=PRECISION)
             else:
                 pairs = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
                 seen = rows[:, None] <= rows[None, :]
@@ -245,10 +258,7 @@ def delta_forward_kernel(
                     pairs *= decay_where(seen, summed[None, :], summed[:, None])
                 else:
                     pairs = tl.where(seen, pairs, 0.0)
-                pairs, read = pairs.to(dtype), wrong * beta[None, :]
-            o = tl.dot(read.to(dtype), pairs, acc=o, input_precision=PRECISION)
-            if reads_ptr is None:
-                o *= scale
+                o = scale * _product_of_two(beta[None, :] * wrong, pairs, o, dtype, PRECISION)
             outputs.store([done, tile * TILE], tl.trans(o.to(dtype)))
         weights = beta
         if DECAY != NO_DECAY:
@@ -304,14 +314,13 @@ def forward(
         "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "DECAY": kind,
         "IN_FULL": ragged.in_full(num_tokens, chunk),
     }  # fmt: skip
-    # A walk of a wide state has no registers for it.
-    makes_reads = block <= launch.keys
+    makes_reads = block <= launch.paired_keys
     solved = k.new_empty(1 if makes_reads else 2, num_tokens, heads, chunk)
     erasure, reads = solved[0], None if makes_reads else solved[1]
     launch_kernel(
-        solve_kernel, cuts.num_pieces * heads, None if makes_reads else q, k, gates.sums, gates.beta, solved, cuts.borders,
-        cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block, PACKED=False,
-        WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
+        solve_kernel, cuts.num_pieces * heads, None if makes_reads else q, k, gates.sums, gates.beta, solved, None, None,
+        cuts.borders, cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block,
+        PACKED=False, WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
         num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps, num_stages=1, **constants,
     )  # fmt: skip
 

@@ -44,6 +44,7 @@ from linear_moe.kernels.blocks import (
     summed_decays,
     walk_at,
 )
+from linear_moe.kernels.delta_along_keys import along_key
 
 
 @triton.jit
@@ -172,6 +173,8 @@ def solve_kernel(
     decay_ptr,
     beta_ptr,
     solved_ptr,
+    apart_ptr,
+    along_ptr,
     borders_ptr,
     borders_stride,
     num_tokens,
@@ -190,7 +193,10 @@ def solve_kernel(
     PRECISION: tl.constexpr,
 ):
     """`solved`: -E of all tokens, then R of all tokens; without q, -E alone. PACKED: R - E^T, a triangle each.
-    WEIGHTED: -E diag(b), then scale P diag(b).
+    WEIGHTED: -E diag(b), then scale R diag(b).
+
+    `apart` `[S, HEADS, K]`: what a query has that its own key has not, q - a k. `along` `[2, HEADS, S]`: a and a (1 - b |k|^2).
+    Null pointers leave them out.
     """
     program = tl.program_id(0)
     head = program % HEADS
@@ -206,6 +212,9 @@ def solve_kernel(
     beta = tl.load(beta_ptr + head.to(tl.int64) * num_tokens + start + rows, mask=valid, other=0.0)
     earlier = rows[:, None] > rows[None, :]
     overlaps = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    if along_ptr is not None:
+        itself = rows[:, None] == rows[None, :]
+        squares = tl.sum(tl.where(itself, overlaps, 0.0), 1)
     if DECAY != NO_DECAY:
         summed, _ = summed_decays(decay_ptr, 0.0, head, start, rows, num_rows, num_tokens, DECAY)
         overlaps *= decay_where(earlier, summed[:, None], summed[None, :])
@@ -228,19 +237,29 @@ def solve_kernel(
         q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
         seen = rows[:, None] >= rows[None, :]
         reads = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if along_ptr is not None:
+            along = along_key(tl.sum(tl.where(itself, reads, 0.0), 1), squares, beta, rows)
+            numbers = along_ptr + start + rows
+            tl.store(numbers + head.to(tl.int64) * num_tokens, along, mask=valid)
+            tl.store(numbers + (HEADS + head).to(tl.int64) * num_tokens, along * (1.0 - beta * squares), mask=valid)
         if DECAY != NO_DECAY:
             reads *= decay_where(seen, summed[:, None], summed[None, :])
         else:
             reads = tl.where(seen, reads, 0.0)
+        reads = _product(reads.to(inverse.dtype), inverse, PRECISION)
         if WEIGHTED:
             reads *= scale * beta[None, :]
-        else:
-            reads = _product(reads.to(inverse.dtype), inverse, PRECISION)
         if PACKED:
             solved = tl.where(seen, reads.to(k.dtype), tl.trans(solved))
             store_rows(solved_ptr, solved, start, head, HEADS, CHUNK, rows, rows, valid)
         else:
             store_rows(solved_ptr, reads, num_tokens + start, head, HEADS, CHUNK, rows, rows, valid)
+        if along_ptr is not None:
+            for first in range(0, K, 64):
+                some = first + tl.arange(0, 64)
+                key = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, some, valid).to(tl.float32)
+                query = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, some, valid).to(tl.float32)
+                store_rows(apart_ptr, query - along[:, None] * key, start, head, HEADS, K, rows, some, valid)
 
 
 @triton.jit
@@ -535,15 +554,18 @@ def gradients_kernel(
     pairs *= beta[None, :]
     exact = scale * pairs * reads
     reads = exact.to(dtype)
-    # What rounding takes from pairs goes to the token's own, whose key is nearly theirs where it would add up.
-    taken = tl.sum(exact, 1) - tl.sum(reads.to(tl.float32), 1)
+    along = own
+    if DECAY != NO_DECAY:
+        # What rounding takes from pairs goes to the token's own, whose key is nearly theirs where it would add up. Without a
+        # decay all that is along the key is put right anyway (`linear_moe.kernels.delta_along_keys`).
+        along += tl.sum(exact, 1) - tl.sum(reads.to(tl.float32), 1)
     erases = (pairs * erases).to(dtype)
     dq = tl.dot(reads, k, acc=(scale * from_start)[:, None] * dq, input_precision=PRECISION)
     erased = tl.dot(erases, k, acc=from_start[:, None] * erased, input_precision=PRECISION)
     if read_ptr is not None:
         overlap = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(k.to(tl.float32) * erased, 1)
         tl.store(read_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
-    store_rows(dq_ptr, dq + (own + taken)[:, None] * k.to(tl.float32), start, head, HEADS, K, rows, keys, valid)
+    store_rows(dq_ptr, dq + along[:, None] * k.to(tl.float32), start, head, HEADS, K, rows, keys, valid)
     dk = tl.dot(tl.trans(reads), q, acc=to_end[:, None] * dk, input_precision=PRECISION)
     dk = dk - tl.dot(tl.trans(erases), k, input_precision=PRECISION)
     if written_ptr is not None:

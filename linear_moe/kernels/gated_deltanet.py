@@ -34,6 +34,7 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
+from linear_moe.kernels.delta_along_keys import settle_kernel
 from linear_moe.kernels.delta_walks import (
     forward_kernel,
     gradients_kernel,
@@ -220,8 +221,10 @@ def new_solved(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(1 if max(k.shape[2], v.shape[2]) <= chunk else 2, *v.shape[:2], chunk)
 
 
-def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk) -> Tensor:
-    """Of what chunks know all, or, without queries, E."""
+def _solve(
+    q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, apart: Tensor | None = None, along: Tensor | None = None
+) -> Tensor:
+    """Of what chunks know all, or, without queries, E. Fill `apart` and `along` as `solve_kernel` says."""
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
     solved = new_solved(k, v)
@@ -236,6 +239,8 @@ def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk) -> Tensor:
         walk.decays,
         walk.beta,
         solved,
+        apart,
+        along,
         walk.cuts.borders,
         walk.cuts.borders.stride(0),
         num_tokens,
@@ -248,7 +253,7 @@ def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk) -> Tensor:
         WEIGHTED=False,
         num_warps=launch.num_warps,
         num_stages=1,
-        maxnreg=SOLVE_REGISTERS,
+        maxnreg=SOLVE_REGISTERS if k.shape[2] <= 128 else None,
         **constants,
     )
     return solved
@@ -341,7 +346,11 @@ def forward(
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     # Walks that store states do not read: the reads are for the walk back.
-    solved = _solve(q if keep or walk.pieces is None else None, k, v, walk)
+    apart = along = None
+    if keep and walk.pieces is not None:
+        apart = q.new_empty(*v.shape[:2], k.shape[2])
+        along = walk.beta.new_empty(2, *walk.beta.shape)
+    solved = _solve(q if keep or walk.pieces is None else None, k, v, walk, apart, along)
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
     joined, transitions = None, None
@@ -381,7 +390,10 @@ def forward(
         wrong = torch.empty_like(v)
         states = new_stored_states(k, v, walk.cuts.num_pieces)
         _run_forward(walk, solved, q, k, v, wrong=wrong, starts=starts, final=piece_ends, states=states)
-        read_pieces(walk.pieces, q, k, wrong, states, output, scale=scale, weights=walk.beta)
+        queries = q if apart is None else apart
+        read_pieces(
+            walk.pieces, queries, k, wrong, states, output, scale=scale, weights=walk.beta, along=along, values=v
+        )  # fmt: skip
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     kept = None
@@ -408,6 +420,7 @@ def backward(
     d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     log_decay: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
@@ -418,7 +431,6 @@ def backward(
     scale: float,
 ) -> Backward:
     """The gradients of `forward`; `kept` as it returned it. The values themselves are not needed."""
-    v = kept.wrong
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     num_tokens, heads, value_dim = v.shape
     splits = walk.splits
@@ -471,9 +483,12 @@ def backward(
         borders, before, after = splits.borders, starts, piece_ends
     else:
         dq, dk, crossing = delta_gradients(
-            walk.pieces, q, k, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dtype, scale=scale
+            walk.pieces, q, k, v, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dtype, scale=scale
         )
         borders, before, after = whole(ragged.cu_seqlens).borders, Starts(initial_state), d_initial
+    # Of wide heads that do not fade it is settled already.
+    if k.dtype != torch.float32 and (walk.pieces is None or walk.decays is not None):
+        _settle(walk, q, k, v, kept.wrong, d_output, dv, dq, None if walk.pieces is None else crossing, scale)
     if not ragged.dense:
         for gradient in (dq, dk, dv):
             zero_uncovered(gradient, ragged.cu_seqlens)
@@ -512,3 +527,21 @@ def _gradients(
         num_stages=launch.num_stages, **walk.constants(k, wrong),
     )  # fmt: skip
     return dq, dk, overlaps
+
+
+def _settle(
+    walk: _Walk, q: Tensor, k: Tensor, v: Tensor, wrong: Tensor, d_output: Tensor, dv: Tensor, dq: Tensor,
+    crossing: ScanOverlaps | None, scale: float,
+) -> None:  # fmt: skip
+    """Put into dq, and into the overlaps of wide heads, what is known along each token's own key."""
+    heads, value_dim = v.shape[1:]
+    chunk, block = chunk_length(k, v), block_of(k.shape[2])
+    borders = walk.cuts.borders
+    constants = walk.constants(k, v)
+    del constants["PRECISION"]
+    launch_kernel(
+        settle_kernel, walk.cuts.num_pieces * (walk.piece // chunk) * heads, q, k, v, d_output, dv, wrong, walk.decays,
+        walk.beta, dq, *((None,) * 3 if crossing is None else (*crossing.read, *crossing.written)), borders,
+        borders.stride(0), len(v), scale, PIECE=walk.piece, CHUNK=chunk, K_BLOCK=block,
+        COLUMNS=min(block_of(value_dim), 64), num_warps=8 if block > 128 else 4, num_stages=1, **constants,
+    )  # fmt: skip

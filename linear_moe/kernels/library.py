@@ -265,6 +265,7 @@ def _delta(
                 None,
                 q,
                 k,
+                v,
                 log_decay,
                 beta,
                 initial_state,
@@ -304,14 +305,14 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, max_length, dense, sc
 
 @operator("gated_deltanet_backward")
 def _delta_backward(
-    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, wrong: Tensor, log_decay: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor, solved: Tensor, starts: Tensor,
+    d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor, wrong: Tensor, solved: Tensor, starts: Tensor,
     transitions: Tensor, states: Tensor, max_length: int, dense: bool, scale: float, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kept = gated_deltanet.Kept(wrong, solved, _or_none(starts), _or_none(transitions), states)
     with torch.cuda.device_of(q):
         made = gated_deltanet.backward(
-            d_output, d_final, q, k, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
+            d_output, d_final, q, k, v, log_decay, beta, initial_state, kept, Ragged(cu_seqlens, max_length, dense),
             decay=Decay(decay), scale=scale,
         )  # fmt: skip
     d_beta = made.beta.to(beta.dtype)
@@ -320,11 +321,11 @@ def _delta_backward(
 
 @torch.library.register_fake("linear_moe::gated_deltanet_backward")
 def _(
-    d_output, d_final, q, k, wrong, log_decay, beta, initial_state, cu_seqlens, solved, starts, transitions,
-    states, max_length, dense, scale, decay,
+    d_output, d_final, q, k, v, log_decay, beta, initial_state, cu_seqlens, wrong, solved, starts,
+    transitions, states, max_length, dense, scale, decay,
 ):  # fmt: skip
     return (
-        *(torch.empty_like(x) for x in (q, k, wrong)),
+        *(torch.empty_like(x) for x in (q, k, v)),
         _or_empty(None, q) if log_decay is None else torch.empty_like(log_decay),
         torch.empty_like(beta),
         _or_empty(None, q) if initial_state is None else torch.empty_like(initial_state),
@@ -332,9 +333,8 @@ def _(
 
 
 def _keep_for_delta(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    q, k, _, *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
-    # In place of v what was wrong about it, from which the backward pass is made.
-    ctx.save_for_backward(q, k, output[2], *tensors, *output[3:])
+    *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 

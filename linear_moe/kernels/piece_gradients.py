@@ -26,9 +26,10 @@ from torch import Tensor
 
 from linear_moe.kernels import piece_reads
 from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, rate_of, rows_left, store_rows
+from linear_moe.kernels.delta_along_keys import STRONG
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, read_rows
+from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, halves, read_rows
 
 
 def choose_launch(dtype: torch.dtype) -> Launch:
@@ -75,13 +76,6 @@ def _settled(x, ptr, valid):
 
 
 @triton.jit
-def _halves(o):
-    """Columns of a tile, the left ones and the right ones. No thread gives any of its own away."""
-    HALF: tl.constexpr = o.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(o, (o.shape[0], 2, HALF)), (0, 2, 1)))
-
-
-@triton.jit
 def _finish_columns(
     o, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, FIRST: tl.constexpr, HEADS: tl.constexpr,
     X_HEADS: tl.constexpr, Y_HEADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -112,9 +106,9 @@ def _finish(
     once, with one of them, would not fit the registers: a quarter does.
     """
     QUARTER: tl.constexpr = o.shape[1] // 4
-    left, right = _halves(o)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
+    left, right = halves(o)
+    first, second = halves(left)
+    third, fourth = halves(right)
     overlap = _finish_columns(first, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, 0, HEADS,
                               X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
     overlap += _finish_columns(second, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, QUARTER,
@@ -124,6 +118,67 @@ def _finish(
     overlap += _finish_columns(fourth, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, 3 * QUARTER,
                                HEADS, X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
     return overlap
+
+
+@triton.jit
+def _known_along_key(
+    do_ptr, v_ptr, wrong_ptr, k_ptr, beta, start, row, valid, head, k_head, scale, HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """<dq, k> of every row, as `linear_moe.kernels.delta_along_keys` has it."""
+    squares, of_values, of_wrong = (tl.zeros((row.shape[0],), tl.float32),) * 3
+    for first in range(0, K_BLOCK, SLICE):
+        k = load_rows(k_ptr, start, k_head, K_HEADS, K, row, first + tl.arange(0, SLICE), valid).to(tl.float32)
+        squares += tl.sum(k * k, 1)
+    for first in range(0, V_BLOCK, SLICE):
+        values = first + tl.arange(0, SLICE)
+        do = load_rows(do_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32)
+        of_values += tl.sum(do * load_rows(v_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32), 1)
+        of_wrong += tl.sum(do * load_rows(wrong_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32), 1)
+    return scale * (of_values - (1.0 - beta * squares) * of_wrong)
+
+
+@triton.jit
+def _along_columns(o, k_ptr, start, row, valid, head, FIRST: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """<o, k> and |k|^2 of some columns of a tile."""
+    along, squares = (tl.zeros((o.shape[0],), tl.float32),) * 2
+    if FIRST < WIDTH:
+        columns = FIRST + tl.arange(0, o.shape[1])
+        k = load_rows(k_ptr, start, head, HEADS, WIDTH, row, columns, valid).to(tl.float32)
+        along += tl.sum(o * k, 1)
+        squares += tl.sum(k * k, 1)
+    return along, squares
+
+
+@triton.jit
+def _finish_along_key(
+    o, known, beta, k_ptr, out_ptr, start, row, valid, head, k_head, HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store o with <o, k> put to what is `known` of it, of rows that have a strong write among them."""
+    QUARTER: tl.constexpr = o.shape[1] // 4
+    left, right = halves(o)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    along, squares = _along_columns(first, k_ptr, start, row, valid, k_head, 0, K_HEADS, WIDTH)
+    more, others = _along_columns(second, k_ptr, start, row, valid, k_head, QUARTER, K_HEADS, WIDTH)
+    along += more
+    squares += others
+    more, others = _along_columns(third, k_ptr, start, row, valid, k_head, 2 * QUARTER, K_HEADS, WIDTH)
+    along += more
+    squares += others
+    more, others = _along_columns(fourth, k_ptr, start, row, valid, k_head, 3 * QUARTER, K_HEADS, WIDTH)
+    along += more
+    squares += others
+    rest = tl.where(tl.max(beta * squares, 0) >= STRONG, known - along, 0.0) / tl.where(squares > 0.0, squares, 1.0)
+    _finish_columns(first, rest, None, k_ptr, out_ptr, start, row, valid, head, k_head, k_head, 0, HEADS, K_HEADS, K_HEADS,
+                    WIDTH)  # fmt: skip
+    _finish_columns(second, rest, None, k_ptr, out_ptr, start, row, valid, head, k_head, k_head, QUARTER, HEADS, K_HEADS,
+                    K_HEADS, WIDTH)  # fmt: skip
+    _finish_columns(third, rest, None, k_ptr, out_ptr, start, row, valid, head, k_head, k_head, 2 * QUARTER, HEADS, K_HEADS,
+                    K_HEADS, WIDTH)  # fmt: skip
+    _finish_columns(fourth, rest, None, k_ptr, out_ptr, start, row, valid, head, k_head, k_head, 3 * QUARTER, HEADS, K_HEADS,
+                    K_HEADS, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -293,6 +348,7 @@ def delta_reads_kernel(
     k_ptr,
     do_ptr,
     dv_ptr,
+    v_ptr,
     wrong_ptr,
     decay_ptr,
     beta_ptr,
@@ -323,7 +379,8 @@ def delta_reads_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq, and the erase's part of dk, added to what `dk` holds. `read` and `erased`: <dq, q> and <dk, k> without a token's own
-    pair; null pointers without a decay. `own` is room for a number of each token.
+    pair; null pointers without a decay. `own` is room for a number of each token. Without a decay dq is put right along the
+    token's own key.
     """
     program = tl.program_id(0)
     part = program % 2
@@ -338,19 +395,31 @@ def delta_reads_kernel(
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     end = tl.minimum((block + 1) * ROWS, size)
     if part == 0:
+        if DECAY == NO_DECAY:
+            beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+            known = _known_along_key(
+                do_ptr, v_ptr, wrong_ptr, k_ptr, beta, start, row, valid, head, k_head, scale, HEADS, K_HEADS, K, V, K_BLOCK,
+                V_BLOCK, SLICE,
+            )  # fmt: skip
+            tl.store(own_ptr + at, known, mask=valid)
+        # A token's own pair crosses nothing.
+        APART: tl.constexpr = DECAY != NO_DECAY
         dq, own = read_rows(
             do_ptr, wrong_ptr, k_ptr, states_ptr, decay_ptr, beta_ptr, start, size, piece, head, row, rate, num_tokens, 0, end,
-            scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, True,
+            scale, HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, APART,
             THREADS, PRECISION,
         )  # fmt: skip
-        own = _settled(own, own_ptr + at, valid)
-        if DECAY != NO_DECAY:
+        if APART:
+            own = _settled(own, own_ptr + at, valid)
             read = _finish(
                 dq, own, q_ptr, k_ptr, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K
             )
             tl.store(read_ptr + at, read, mask=valid)
         else:
-            _finish(dq, own, None, k_ptr, dq_ptr, start, row, valid, head, k_head, k_head, HEADS, K_HEADS, K_HEADS, K)
+            tl.debug_barrier()
+            known = tl.load(own_ptr + at, mask=valid, other=0.0)
+            beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
+            _finish_along_key(dq, known, beta, k_ptr, dq_ptr, start, row, valid, head, k_head, HEADS, K_HEADS, K)
     if part == 1:
         # The erase reads before the token writes.
         dk, _ = read_rows(
@@ -410,7 +479,7 @@ def scan_gradients(
 
 
 def delta_gradients(
-    pieces: Pieces, q: Tensor, k: Tensor, wrong: Tensor, beta: Tensor, d_output: Tensor, dv: Tensor, states: Tensor,
+    pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, wrong: Tensor, beta: Tensor, d_output: Tensor, dv: Tensor, states: Tensor,
     ends: list[Tensor], dtype: torch.dtype, *, scale: float,
 ) -> tuple[Tensor, Tensor, ScanOverlaps | None]:  # fmt: skip
     """Make dq and dk `[S, H, K]` by the module's last equations; the overlaps, of reads `[2, H, S]`, where there is a decay.
@@ -419,6 +488,7 @@ def delta_gradients(
         pieces: the pieces and their decays.
         q: `[S, *, K]`, as k. May have fewer heads than there are.
         k: `[S, *, K]`
+        v: `[S, H, V]`
         wrong: r `[S, H, V]`
         beta: b `[H, S]` float32
         d_output: `[S, H, V]`
@@ -435,7 +505,7 @@ def delta_gradients(
     read, erased, written = each
     own = torch.empty(beta.shape, dtype=torch.float32, device=k.device)
     borders = pieces.splits.borders
-    both = (q, k, d_output, dv, wrong, pieces.decays, beta)
+    given, gates = (q, k, d_output, dv), (pieces.decays, beta)
     where = (borders, borders.stride(0), wrong.shape[0], scale, -1.0)
     writes, reads = (
         TABLE.pick(k.device, name, DECAY_NAMES[pieces.kind], k.shape[2], wrong.shape[2], k.dtype)
@@ -443,12 +513,12 @@ def delta_gradients(
     )
     dk = torch.empty(*wrong.shape[:2], k.shape[2], dtype=dtype, device=k.device)
     launch_kernel(
-        delta_writes_kernel, pieces.num_programs(writes), *both, ends.pop(), dk, own, written, *where,
+        delta_writes_kernel, pieces.num_programs(writes), *given, wrong, *gates, ends.pop(), dk, own, written, *where,
         **pieces.constants(writes, k, wrong),
     )  # fmt: skip
     dq = torch.empty_like(dk)
     launch_kernel(
-        delta_reads_kernel, 2 * pieces.num_programs(reads), *both, states, dq, dk, own, read, erased, *where,
+        delta_reads_kernel, 2 * pieces.num_programs(reads), *given, v, wrong, *gates, states, dq, dk, own, read, erased, *where,
         **pieces.constants(reads, k, wrong),
     )  # fmt: skip
     return dq, dk, overlaps

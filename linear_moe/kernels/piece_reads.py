@@ -211,6 +211,26 @@ def read_rows(
 
 
 @triton.jit
+def halves(o):
+    """Columns of a tile, the left ones and the right ones. No thread gives any of its own away."""
+    HALF: tl.constexpr = o.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(o, (o.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_columns(
+    o, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, FIRST: tl.constexpr, HEADS: tl.constexpr,
+    V: tl.constexpr,
+):  # fmt: skip
+    # Some columns of a block may be past the width, or all.
+    if FIRST < V:
+        columns = FIRST + tl.arange(0, o.shape[1])
+        o += along[:, None] * load_rows(values_ptr, start, head, HEADS, V, row, columns, valid).to(tl.float32)
+        o -= less[:, None] * load_rows(v_ptr, start, head, HEADS, V, row, columns, valid).to(tl.float32)
+        store_rows(o_ptr, o, start, head, HEADS, V, row, columns, valid)
+
+
+@triton.jit
 def reads_kernel(
     q_ptr,
     k_ptr,
@@ -218,12 +238,15 @@ def reads_kernel(
     decay_ptr,
     weight_ptr,
     states_ptr,
+    along_ptr,
+    values_ptr,
     o_ptr,
     borders_ptr,
     borders_stride,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -238,7 +261,9 @@ def reads_kernel(
     THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A null pointer leaves its part out."""
+    """A null pointer leaves its part out. `along` `[2, HEADS, S]`: times what a token adds of its row of `values`, and takes
+    away of its row of `v`.
+    """
     BLOCKS: tl.constexpr = PIECE // ROWS
     program = tl.program_id(0)
     # The longest first: what a block reads of its own piece grows with its place in it.
@@ -253,10 +278,24 @@ def reads_kernel(
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     o, _ = read_rows(
         q_ptr, k_ptr, v_ptr, states_ptr, decay_ptr, weight_ptr, start, size, piece, head, row, rate, num_tokens, 0,
-        tl.minimum((block + 1) * ROWS, size), scale, HEADS, K_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE,
+        tl.minimum((block + 1) * ROWS, size), scale, HEADS, Q_HEADS, K_HEADS, HEADS, K, V, COLUMNS, K_BLOCK, V_BLOCK, SLICE,
         DECAY, IN_FULL, False, False, False, THREADS, PRECISION,
     )  # fmt: skip
-    store_rows(o_ptr, o, start, head, HEADS, V, row, tl.arange(0, V_BLOCK), row < size)
+    valid = row < size
+    if along_ptr is None:
+        store_rows(o_ptr, o, start, head, HEADS, V, row, tl.arange(0, V_BLOCK), valid)
+    else:
+        numbers = along_ptr + start + row
+        along = scale * tl.load(numbers + head.to(tl.int64) * num_tokens, mask=valid, other=0.0)
+        less = scale * tl.load(numbers + (HEADS + head).to(tl.int64) * num_tokens, mask=valid, other=0.0)
+        QUARTER: tl.constexpr = V_BLOCK // 4
+        left, right = halves(o)
+        first, second = halves(left)
+        third, fourth = halves(right)
+        _store_columns(first, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, 0, HEADS, V)
+        _store_columns(second, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, QUARTER, HEADS, V)
+        _store_columns(third, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, 2 * QUARTER, HEADS, V)
+        _store_columns(fourth, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, 3 * QUARTER, HEADS, V)
 
 
 class Pieces(NamedTuple):
@@ -308,6 +347,8 @@ def read_pieces(
     *,
     scale: float,
     weights: Tensor | None,
+    along: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> None:
     """Fill `output` by the module's equation, with q, k and v for a, b and c.
 
@@ -320,11 +361,13 @@ def read_pieces(
         output: `[S, H, V]`
         scale: f
         weights: w `[H, S]` float32, or None for 1.
+        along: `[2, H, S]` float32, times what of `values` is added and of v taken away, both before f; or None for nothing.
+        values: `[S, H, V]`, if there is `along`.
     """
     weighted = "plain" if weights is None else "weighted"
     launch = TABLE.pick(q.device, DECAY_NAMES[pieces.kind], weighted, q.shape[2], v.shape[2], q.dtype)
     borders = pieces.splits.borders
     launch_kernel(
-        reads_kernel, pieces.num_programs(launch), q, k, v, pieces.decays, weights, states, output, borders,
-        borders.stride(0), v.shape[0], scale, **pieces.constants(launch, k, v),
+        reads_kernel, pieces.num_programs(launch), q, k, v, pieces.decays, weights, states, along, values, output,
+        borders, borders.stride(0), v.shape[0], scale, Q_HEADS=q.shape[1], **pieces.constants(launch, k, v),
     )  # fmt: skip

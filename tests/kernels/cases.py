@@ -252,6 +252,8 @@ def check_telescoping(case: Case, inputs: dict[str, Tensor], roundings: float | 
         beside = {"final_state": inputs["v"].double()}
         if case.learns:
             beside["d_initial_state"] = exact["d_v"]
+            if case.form.decay is Decay.SCALAR:
+                beside["d_log_decay"] = decay_gradient_terms(inputs["v"], exact["d_v"], case.cu_seqlens)
         return {name: roundings * torch.cat((x.flatten(), beside.get(name, x).flatten())) for name, x in exact.items()}
 
     check(case, inputs, terms)

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.kernels import (
+    delta_along_keys,
     delta_forward,
     delta_walks,
     gla_walks,
@@ -25,7 +26,7 @@ from linear_moe.kernels import (
 SCRIPT = Path(__file__).with_name("compiled.py")
 FAMILIES: dict[str, tuple[tuple[ModuleType, ...], tuple[int, ...]]] = {
     "mamba2": ((scalar_walks, parallel_scan, piece_reads, wide_scan), (64, 256)),
-    "gated_deltanet": ((delta_walks, delta_forward), (128, 256)),
+    "gated_deltanet": ((delta_walks, delta_along_keys, delta_forward), (128, 256)),
     "gla": ((gla_walks,), (64,)),
 }
 """A rule of each, the modules that have its kernels, and widths of all ways that they go. Narrower ones take less memory."""

@@ -113,7 +113,7 @@ def test_widths_that_are_no_powers_of_two(form: Recurrence, K: int, V: int) -> N
 @pytest.mark.parametrize("apart", [0.0, 0.3])
 def test_keys_nearly_parallel(form: Recurrence, dtype: torch.dtype, apart: float) -> None:
     case = Case(form, (70, 5), K=16, V=8, rate=0.05, learns=False, dtype=dtype)
-    check_telescoping(case, nearly_parallel(case, apart), roundings=2)
+    check_telescoping(case, nearly_parallel(case, apart), roundings=1)
 
 
 @every_form
@@ -248,17 +248,20 @@ BUGS = {
     "the second part does not fade": walk(MILD, "high *= to_end", "pass"),
     "beta forgotten in what is erased": solve(MILD, "solved = writes", "pass"),
     "what is erased is added": solve(MILD, "solved = writes", "solved = -writes"),
-    "beta forgotten in what is read": walk(ONE_PART, "wrong * beta[None, :]", "wrong"),
+    "beta forgotten in what is read": walk(ONE_PART, "beta[None, :] * wrong, pairs", "wrong, pairs"),
     "beta forgotten in what is read before": solve(MILD, "reads *= scale * beta[None, :]", "reads *= scale"),
     **of_both("beta forgotten in what is written", "weights = beta", "weights = 0 * beta + 1.0"),
     **of_both(
-        "what is erased stays", "wrong = tl.dot(wrong, erasure, acc=wrong.to(tl.float32)", "tl.dot(wrong, erasure"
+        "what is erased stays",
+        "wrong = tl.dot(crossing, erasure, acc=crossing.to(tl.float32)",
+        "wrong = crossing.to(tl.float32)\n        tl.dot(crossing, erasure",
     ),
     **of_both("erasures not transposed", "tl.trans(erasures.load([done, 0]))", "erasures.load([done, 0])"),
     **of_both("what is known is added", "to(tl.float32) - known", "to(tl.float32) + known"),
     "reads not transposed": walk(MILD, "tl.trans(reads.load([done, 0]))", "reads.load([done, 0])"),
     "queries and keys exchanged": walk(ONE_PART, "tl.dot(k_low, tl.trans(q_low)", "tl.dot(q_low, tl.trans(k_low)"),
-    **of_both("what came before is not read", "pairs, acc=o,", "pairs,"),
+    "what came before is not read, in two parts": walk(MILD, "acc=scale * o,", ""),
+    "what came before is not read, in one": walk(ONE_PART, "wrong, pairs, o,", "wrong, pairs, 0 * o,"),
     "the second part of the keys not known": walk(
         MILD, "tl.trans(k_high), acc=known", "tl.trans(k_high), acc=0 * known"
     ),
@@ -266,13 +269,9 @@ BUGS = {
     "a state that is not added to": walk(ONE_PART, "k_low, acc=low,", "k_low,"),
     "a second part that is not added to": walk(MILD, "k_high, acc=high,", "k_high,", 2),
     "both parts the first": walk(MILD, "ks.load([done, HALF])", "ks.load([done, 0])"),
-    "a scale forgotten": walk(
-        ONE_PART, "            if reads_ptr is None:\n                o *= scale", "            pass"
-    ),
+    "a scale forgotten": walk(ONE_PART, "o = scale * _product", "o = _product"),
     "a scale forgotten before": solve(MILD, "scale * beta[None, :]", "beta[None, :]"),
-    "a scale forgotten in what the state is read for": walk(
-        MILD, "                o *= scale\n                pairs, read", "                pairs, read"
-    ),
+    "a scale forgotten in what the state is read for": walk(MILD, "acc=scale * o,", "acc=o,"),
     "a start lost": walk(MILD, "Starts(initial_state, joined, splits)", "Starts(None, joined, splits)"),
     "what a cut piece starts from lost": walk(
         CUT, "Starts(initial_state, joined, splits)", "Starts(initial_state, 0 * joined, splits)"
