@@ -91,8 +91,9 @@ def choose_launch(dtype: torch.dtype) -> Launch:
 
     At B8 T4096 H4 K = V = 256 0.161 and 0.174; 2 stages 0.232, 0.232, 4 stages 0.160, 0.175. Of prototypes, both parts rounded
     at once 0.010 more, and outputs stored by address 0.018; chunks of 64, for which only 2 stages fit, 0.237 and 0.284 at best.
-    At B8 T4096 H16 K = V = 128 0.253 and 0.261, with P' made before the walk 0.223 and 0.225, of which the solve then takes
-    0.129 and 0.131 for 0.073 and 0.085. At B32 T2048 H16 K = V = 64 0.271 and 0.236, 2 stages 0.306 and 0.296.
+    At B32 T2048 H16 K = V = 64, of P in one number, 0.271 and 0.236, 2 stages 0.306 and 0.296. Whole passes with R', and with P
+    made in the walk: at B8 T4096 H16 K = V = 128 0.359 and 0.381, 0.353 and 0.401; at B32 T2048 H16 K = V = 64 0.444 and 0.491,
+    0.424 and 0.389.
     The two walks of one long sequence that do not read (B1 T32768 H16 K = V = 128), in two parts, of which four programs share
     a multiprocessor: 0.164 and 0.214 for 0.197 and 0.234.
     """
@@ -119,8 +120,8 @@ class SolveLaunch(NamedTuple):
 def choose_solve(key_dim: int) -> SolveLaunch:
     """From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms with a scalar decay, 1 and 2 warps).
 
-    At B32 T2048 H16 K = V = 64 0.122, 0.135; B8 T4096 H16 K = V = 128 0.084, 0.086; B8 T4096 H4 K = V = 256, with P', 0.076,
-    0.060, on 4 warps 0.088, with 168 registers a thread 0.084.
+    At B32 T2048 H16 K = V = 64 0.122, 0.135. At B8 T4096 H4 K = V = 256, with pairs that know of no erases, 0.076, 0.060, on 4
+    warps 0.088, with 168 registers a thread 0.084. Whole passes at B8 T4096 H16 K = V = 128 0.381, 0.405, on 4 warps 0.529.
     """
     return SolveLaunch(num_warps=1 if key_dim <= 128 else 2)
 

@@ -5,7 +5,8 @@ chunks' own matrices, walks each segment (or, of long ones, its pieces, whose tr
 keeps r and the states that chunks begin with. A backward pass walks back for dv and the strengths' gradients, and stores the
 states' gradients; those of queries and keys are made from the two, all chunks in parallel. Where a head's state is too large
 for a walk that also reads it, states are stored of pieces of a few chunks (`linear_moe.kernels.piece_gradients`), and the
-output is made from them too (`linear_moe.kernels.piece_reads`).
+output is made from them too (`linear_moe.kernels.piece_reads`). In 16 bits what is along a token's own key is then put right
+(`linear_moe.kernels.delta_along_keys`).
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ SOLVE_TABLE = LaunchTable(
 SOLVE_REGISTERS = 168
 """Of a thread: three programs a multiprocessor instead of two, for some spills. Measured on an H100 (torch 2.11, triton 3.6,
 bf16, scalar decay; ms of a solve that makes R - E^T, with 168, without a limit, with 128): 0.192, 0.211, 0.247 at 32,768
-tokens, H16 K 128; 0.322, 0.373, 0.385 at 65,536, H16 K 64; 0.092, 0.082, 0.106 at 32,768, H4 K 256. An inverse of whole
-matrices from pairs on takes 1.4 times as long as one of blocks of 16 first, one with blocks of 32 between 1.1 (of E alone)."""
+tokens, H16 K 128; 0.322, 0.373, 0.385 at 65,536, H16 K 64; 0.092, 0.082, 0.106 at 32,768, H4 K 256: above K = 128 there is no
+limit. An inverse of whole matrices from pairs on takes 1.4 times as long as one of blocks of 16 first, one with blocks of 32
+between 1.1 (of E alone)."""
 
 
 class _Walk(NamedTuple):
@@ -430,7 +432,7 @@ def backward(
     decay: Decay,
     scale: float,
 ) -> Backward:
-    """The gradients of `forward`; `kept` as it returned it. The values themselves are not needed."""
+    """The gradients of `forward`; `kept` as it returned it."""
     walk = _walk_of(k, v, log_decay, beta, ragged, decay)
     num_tokens, heads, value_dim = v.shape
     splits = walk.splits

@@ -11,6 +11,8 @@ and where writes depend on what is there, r what a write finds wrong, b its stre
     dq = scale (do read from u, k and S_0)
     dk = b (r read from scale do, q and dS, and from -dv, k) - (dv read from u, k and S_0, without the token's own write)
 
+without a decay with what is along a token's own key put right (`linear_moe.kernels.delta_along_keys`).
+
 Reads that share nearly all of what they load are programs of one launch, next to each other: what the first brings from memory
 the others find in the L2 cache. The delta rule's are two launches: in the second dS is no more, and dq takes its memory.
 """

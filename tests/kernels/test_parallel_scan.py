@@ -92,7 +92,7 @@ def test_what_is_read_from_stored_states(erase: Erase, rate: float) -> None:
 FIRST = "piece = first_piece + chunk * CHUNK // PIECE"
 ERASED = "HEADS, HEADS, HEADS, K_HEADS, V, K, COLUMNS, V_BLOCK, K_BLOCK, SLICE, DECAY, IN_FULL, False, True, "
 BUGS = {
-    "the last row masked": (SCALAR, Bug(piece_reads, "valid = row < size", "valid = row < size - 1")),
+    "the last row masked": (SCALAR, Bug(piece_reads, "valid = row < size", "valid = row < size - 1", count=2)),
     "a mask of columns dropped": (
         SCALAR,
         Bug(piece_reads, "there = each < rows_left(", "there = each < 2 + rows_left("),
@@ -130,7 +130,7 @@ BUGS = {
     ),
     "two quarters of the columns exchanged": (
         SCALAR,
-        Bug(piece_gradients, "first, second = _halves(left)", "second, first = _halves(left)"),
+        Bug(piece_gradients, "first, second = halves(left)", "second, first = halves(left)", count=2),
     ),
     "beta forgotten in what is read": (DELTA, Bug(piece_reads, "products *= weights[None, :]", "pass")),
     "beta forgotten in what is written": (DELTA, Bug(piece_gradients, "dk *= beta[:, None]", "pass")),
