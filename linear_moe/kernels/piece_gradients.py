@@ -31,7 +31,7 @@ from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of
 from linear_moe.kernels.delta_along_keys import STRONG
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
-from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, halves, read_rows
+from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, quarters, read_rows
 
 
 def choose_launch(dtype: torch.dtype) -> Launch:
@@ -108,9 +108,7 @@ def _finish(
     once, with one of them, would not fit the registers: a quarter does.
     """
     QUARTER: tl.constexpr = o.shape[1] // 4
-    left, right = halves(o)
-    first, second = halves(left)
-    third, fourth = halves(right)
+    first, second, third, fourth = quarters(o)
     overlap = _finish_columns(first, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, 0, HEADS,
                               X_HEADS, Y_HEADS, WIDTH)  # fmt: skip
     overlap += _finish_columns(second, weights, x_ptr, y_ptr, out_ptr, start, row, valid, head, x_head, y_head, QUARTER,
@@ -159,9 +157,7 @@ def _finish_along_key(
 ):  # fmt: skip
     """Store o with <o, k> put to what is `known` of it, of rows that have a strong write among them."""
     QUARTER: tl.constexpr = o.shape[1] // 4
-    left, right = halves(o)
-    first, second = halves(left)
-    third, fourth = halves(right)
+    first, second, third, fourth = quarters(o)
     along, squares = _along_columns(first, k_ptr, start, row, valid, k_head, 0, K_HEADS, WIDTH)
     more, others = _along_columns(second, k_ptr, start, row, valid, k_head, QUARTER, K_HEADS, WIDTH)
     along += more

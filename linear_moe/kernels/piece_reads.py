@@ -211,10 +211,19 @@ def read_rows(
 
 
 @triton.jit
-def halves(o):
+def _halves(o):
     """Columns of a tile, the left ones and the right ones. No thread gives any of its own away."""
     HALF: tl.constexpr = o.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(o, (o.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(o):
+    """Columns of a tile, a fourth each, in their order."""
+    left, right = _halves(o)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -289,9 +298,7 @@ def reads_kernel(
         along = scale * tl.load(numbers + head.to(tl.int64) * num_tokens, mask=valid, other=0.0)
         less = scale * tl.load(numbers + (HEADS + head).to(tl.int64) * num_tokens, mask=valid, other=0.0)
         QUARTER: tl.constexpr = V_BLOCK // 4
-        left, right = halves(o)
-        first, second = halves(left)
-        third, fourth = halves(right)
+        first, second, third, fourth = quarters(o)
         _store_columns(first, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, 0, HEADS, V)
         _store_columns(second, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, QUARTER, HEADS, V)
         _store_columns(third, along, less, values_ptr, v_ptr, o_ptr, start, row, valid, head, 2 * QUARTER, HEADS, V)
