@@ -44,7 +44,7 @@ from linear_moe.kernels.blocks import (
     summed_decays,
     walk_at,
 )
-from linear_moe.kernels.delta_along_keys import along_key
+from linear_moe.kernels.delta_along_keys import STRONG, along_key, products_with_found, rest_along_key
 
 
 @triton.jit
@@ -360,7 +360,11 @@ def forward_kernel(
         if DECAY != NO_DECAY:
             state *= decay_of(total)
             written *= to_end
-        state = tl.dot(tl.trans(k), written.to(dtype), acc=state, input_precision=PRECISION)
+        state = sum_of_products(tl.trans(k), written, state, PRECISION).to(tl.float32)
+        if wrong_ptr is not None and K <= 64 and dtype != tl.float32:
+            # What rounding takes from a chunk's writes: of keys nearly parallel it adds up, and is much of a state of few keys.
+            rest = (written - written.to(dtype).to(tl.float32)).to(dtype)
+            state = tl.dot(tl.trans(k), rest, acc=state, input_precision=PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, state, mask=in_state)
 
@@ -454,7 +458,11 @@ def values_kernel(
             read = do.to(tl.float32) * from_start
         # Before the products that wait for each other: it waits for none of them.
         state = sum_of_products(tl.trans(q), read, state, PRECISION)
-        d_write = sum_of_products(tl.trans(erasure), beta * d_write, d_write, PRECISION)
+        crossing = (beta * d_write).to(dtype)
+        if dtype != tl.float32:
+            # As of b x forwards, du is what E^T takes away, or what rounding adds to that would be left over.
+            d_write = tl.where(beta >= STRONG, crossing.to(tl.float32) * (1.0 / tl.maximum(beta, STRONG)), d_write)
+        d_write = sum_of_products(tl.trans(erasure), crossing, d_write, PRECISION)
         d_write = sum_of_products(tl.trans(reads), do, d_write, PRECISION).to(tl.float32)
         dv = beta * d_write
         if dv_ptr is not None:
@@ -472,6 +480,7 @@ def values_kernel(
 def gradients_kernel(
     q_ptr,
     k_ptr,
+    v_ptr,
     do_ptr,
     dv_ptr,
     wrong_ptr,
@@ -483,6 +492,7 @@ def gradients_kernel(
     dk_ptr,
     read_ptr,
     written_ptr,
+    missed_ptr,
     borders_ptr,
     borders_stride,
     blocks_apart,
@@ -500,6 +510,8 @@ def gradients_kernel(
     PRECISION: tl.constexpr,
 ):
     """`read` and `written`: what dq, dk and a token's own pair are made of, but for that pair; null pointers without a decay.
+    With `v` dq is put right along the token's own key, where a program has all keys; else `missed` is what each tile has of
+    scale <do, v - r> - <dq, k>, of dq without the token's own pair.
 
     `dq` and `dk` may be blocks of `ends`: a program alone reads its blocks, all before it stores any.
     """
@@ -519,6 +531,11 @@ def gradients_kernel(
     valid = rows < num_rows
     at = head.to(tl.int64) * num_tokens + start + rows
     dtype = k_ptr.dtype.element_ty
+    if v_ptr is not None:
+        # Of a tile's share of the values.
+        known = scale * products_with_found(
+            do_ptr, v_ptr, wrong_ptr, start, head, HEADS, V, rows, valid, tile * COLUMNS, NUM_TILES * COLUMNS, COLUMNS
+        )
     reads, erases = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
     dq, erased, dk = (tl.zeros((CHUNK, TILE), tl.float32),) * 3
     for first in range(0, V, COLUMNS):
@@ -554,7 +571,7 @@ def gradients_kernel(
     pairs *= beta[None, :]
     exact = scale * pairs * reads
     reads = exact.to(dtype)
-    along = own
+    along = tl.zeros((CHUNK,), tl.float32)
     if DECAY != NO_DECAY:
         # What rounding takes from pairs goes to the token's own, whose key is nearly theirs where it would add up. Without a
         # decay all that is along the key is put right anyway (`linear_moe.kernels.delta_along_keys`).
@@ -562,13 +579,21 @@ def gradients_kernel(
     erases = (pairs * erases).to(dtype)
     dq = tl.dot(reads, k, acc=(scale * from_start)[:, None] * dq, input_precision=PRECISION)
     erased = tl.dot(erases, k, acc=from_start[:, None] * erased, input_precision=PRECISION)
+    key = k.to(tl.float32)
     if read_ptr is not None:
-        overlap = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(k.to(tl.float32) * erased, 1)
+        overlap = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(key * erased, 1)
         tl.store(read_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
-    store_rows(dq_ptr, dq + along[:, None] * k.to(tl.float32), start, head, HEADS, K, rows, keys, valid)
+    if v_ptr is not None:
+        squares = tl.sum(key * key, 1)
+        missed = known - tl.sum(key * dq, 1) - along * squares
+        if NUM_TILES == 1:
+            along += rest_along_key(missed, squares, beta)
+        else:
+            tl.store(missed_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, missed, mask=valid)
+    store_rows(dq_ptr, dq + (own + along)[:, None] * key, start, head, HEADS, K, rows, keys, valid)
     dk = tl.dot(tl.trans(reads), q, acc=to_end[:, None] * dk, input_precision=PRECISION)
     dk = dk - tl.dot(tl.trans(erases), k, input_precision=PRECISION)
     if written_ptr is not None:
-        overlap = tl.sum(k.to(tl.float32) * dk, 1)
+        overlap = tl.sum(key * dk, 1)
         tl.store(written_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)
     store_rows(dk_ptr, dk - erased + own[:, None] * q.to(tl.float32), start, head, HEADS, K, rows, keys, valid)

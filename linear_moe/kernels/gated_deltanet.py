@@ -35,7 +35,7 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
-from linear_moe.kernels.delta_along_keys import settle_kernel
+from linear_moe.kernels.delta_along_keys import MOST_TOGETHER, settle_kernel, settle_tiles_kernel
 from linear_moe.kernels.delta_walks import (
     forward_kernel,
     gradients_kernel,
@@ -223,10 +223,8 @@ def new_solved(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(1 if max(k.shape[2], v.shape[2]) <= chunk else 2, *v.shape[:2], chunk)
 
 
-def _solve(
-    q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, apart: Tensor | None = None, along: Tensor | None = None
-) -> Tensor:
-    """Of what chunks know all, or, without queries, E. Fill `apart` and `along` as `solve_kernel` says."""
+def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, apart: Tensor | None, along: Tensor | None) -> Tensor:
+    """Of what chunks know all, or, without queries, E. Fill the others as `solve_kernel` says."""
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
     solved = new_solved(k, v)
@@ -481,16 +479,15 @@ def backward(
     shared = k.shape[1] != heads
     dtype = torch.float32 if shared else k.dtype
     if walk.pieces is None:
-        dq, dk, crossing = _gradients(walk, q, k, kept.wrong, d_output, dv, kept.states, ends.pop(), dtype, scale)
+        dq, dk, crossing = _gradients(walk, q, k, v, kept.wrong, d_output, dv, kept.states, ends.pop(), dtype, scale)
         borders, before, after = splits.borders, starts, piece_ends
     else:
         dq, dk, crossing = delta_gradients(
             walk.pieces, q, k, v, kept.wrong, walk.beta, d_output, dv, kept.states, ends, dtype, scale=scale
         )
         borders, before, after = whole(ragged.cu_seqlens).borders, Starts(initial_state), d_initial
-    # Of wide heads that do not fade it is settled already.
-    if k.dtype != torch.float32 and (walk.pieces is None or walk.decays is not None):
-        _settle(walk, q, k, v, kept.wrong, d_output, dv, dq, None if walk.pieces is None else crossing, scale)
+    if crossing is not None and k.dtype != torch.float32:
+        _settle(walk, q, k, v, kept.wrong, d_output, dv, dq, crossing, scale)
     if not ragged.dense:
         for gradient in (dq, dk, dv):
             zero_uncovered(gradient, ragged.cu_seqlens)
@@ -503,7 +500,7 @@ def backward(
 
 
 def _gradients(
-    walk: _Walk, q: Tensor, k: Tensor, wrong: Tensor, d_output: Tensor, dv: Tensor, states: Tensor, ends: Tensor,
+    walk: _Walk, q: Tensor, k: Tensor, v: Tensor, wrong: Tensor, d_output: Tensor, dv: Tensor, states: Tensor, ends: Tensor,
     dtype: torch.dtype, scale: float,
 ) -> tuple[Tensor, Tensor, ScanOverlaps | None]:  # fmt: skip
     """Of queries and keys `[S, H, K]` of `dtype`, and the overlaps where there is a decay, all chunks in parallel."""
@@ -521,29 +518,43 @@ def _gradients(
     overlaps = None
     if walk.decays is not None:
         overlaps = ScanOverlaps(*torch.empty(2, tiles, heads, num_tokens, dtype=torch.float32, device=k.device))
+    # In 16 bits, without a decay, what is along a key is put right: where a program has all keys at once.
+    settles = overlaps is None and k.dtype != torch.float32
+    missed = walk.beta.new_empty(tiles, *walk.beta.shape) if settles and tiles > 1 else None
     borders = walk.cuts.borders
+    constants = walk.constants(k, v)
     launch_kernel(
-        gradients_kernel, walk.cuts.num_pieces * heads * tiles, q, k, d_output, dv, wrong, walk.decays, walk.beta, states,
-        ends, dq, dk, *(overlaps or (None, None)), borders, borders.stride(0), states.stride(0), num_tokens, scale,
-        CHUNK=launch.chunk, COLUMNS=tile_of(value_dim, launch.tile, k.dtype), TILE=tile, num_warps=launch.num_warps,
-        num_stages=launch.num_stages, **walk.constants(k, wrong),
+        gradients_kernel, walk.cuts.num_pieces * heads * tiles, q, k, v if settles else None, d_output, dv, wrong, walk.decays,
+        walk.beta, states, ends, dq, dk, *(overlaps or (None, None)), missed, borders, borders.stride(0), states.stride(0),
+        num_tokens, scale, CHUNK=launch.chunk, COLUMNS=tile_of(value_dim, launch.tile, k.dtype), TILE=tile,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **constants,
     )  # fmt: skip
+    if missed is not None:
+        for unused in ("PRECISION", "V", "DECAY"):
+            del constants[unused]
+        launch_kernel(
+            settle_tiles_kernel, walk.cuts.num_pieces * heads, k, walk.beta, missed, dq, borders, borders.stride(0), num_tokens,
+            TILES=tiles, CHUNK=launch.chunk, K_BLOCK=block_of(key_dim), num_warps=4, num_stages=1, **constants,
+        )  # fmt: skip
     return dq, dk, overlaps
 
 
 def _settle(
     walk: _Walk, q: Tensor, k: Tensor, v: Tensor, wrong: Tensor, d_output: Tensor, dv: Tensor, dq: Tensor,
-    crossing: ScanOverlaps | None, scale: float,
+    crossing: ScanOverlaps, scale: float,
 ) -> None:  # fmt: skip
-    """Put into dq, and into the overlaps of wide heads, what is known along each token's own key."""
+    """Put into dq and the overlaps what is known along each token's own key."""
     heads, value_dim = v.shape[1:]
     chunk, block = chunk_length(k, v), block_of(k.shape[2])
     borders = walk.cuts.borders
     constants = walk.constants(k, v)
-    del constants["PRECISION"]
+    for unused in ("PRECISION", "DECAY"):
+        del constants[unused]
+    num_chunks = walk.cuts.num_pieces * (walk.piece // chunk)
+    together = min(max(num_chunks * heads // (4 * num_processors(k.device)), 1), MOST_TOGETHER)
     launch_kernel(
-        settle_kernel, walk.cuts.num_pieces * (walk.piece // chunk) * heads, q, k, v, d_output, dv, wrong, walk.decays,
-        walk.beta, dq, *((None,) * 3 if crossing is None else (*crossing.read, *crossing.written)), borders,
-        borders.stride(0), len(v), scale, PIECE=walk.piece, CHUNK=chunk, K_BLOCK=block,
-        COLUMNS=min(block_of(value_dim), 64), num_warps=8 if block > 128 else 4, num_stages=1, **constants,
+        settle_kernel, cdiv(num_chunks, together) * heads, q, k, v, d_output, dv, wrong, walk.decays, walk.beta, dq, *crossing,
+        borders, borders.stride(0), num_chunks, together, len(v), scale, PIECE=walk.piece, CHUNK=chunk, K_BLOCK=block,
+        COLUMNS=min(block_of(value_dim), 64), READ_TILES=len(crossing.read), WRITTEN_TILES=len(crossing.written),
+        MOST=MOST_TOGETHER, num_warps=8 if block > 128 else 4, num_stages=1, **constants,
     )  # fmt: skip

@@ -436,7 +436,7 @@ def delta_reads_kernel(
 
 
 class ScanOverlaps(NamedTuple):
-    """Of what a decay's gradient is made, `[1, H, S]` float32 each."""
+    """Of what a decay's gradient is made, `[tiles, H, S]` float32 each: of reads and of writes, to be summed over tiles."""
 
     read: Tensor
     written: Tensor

@@ -108,6 +108,17 @@ def test_roundings_of_pairs_do_not_add_up(form: Recurrence, K: int) -> None:
 
 
 @every_form
+def test_roundings_of_erases_do_not_add_up_backwards(form: Recurrence) -> None:
+    """Where all keys are one the last state is what the last token wrote: all other gradients are what rounding leaves."""
+    case = Case(form, (124,), K=16, V=8, rate=0.0, initial=False, used=("final_state",), dtype=torch.float16)
+    inputs = draw(case)
+    inputs |= {"k": torch.zeros_like(inputs["k"]), "beta": torch.ones_like(inputs["beta"])}
+    inputs["k"][..., :4] = 0.5
+    made, exact = results(kernels, case, inputs)["d_v"], results(chunked, case, inputs, torch.float64)["d_v"]
+    assert (made.double() - exact).abs().max() < torch.finfo(case.dtype).eps * exact.abs().max()
+
+
+@every_form
 @every_dtype
 @pytest.mark.parametrize("K", [1, 2, 5, 15])
 def test_narrow_keys(form: Recurrence, dtype: torch.dtype, K: int) -> None:
@@ -128,9 +139,15 @@ UNFADED = replace(WHOLE, form=DELTA_FORMS[0])
 WIDE = replace(WHOLE, K=36, V=40)
 # What is along a key is put right in 16 bits, where little fades.
 ALONG = replace(WHOLE, K=16, V=8, rate=0.01, dtype=torch.float16)
+ALONG_UNFADED = replace(ALONG, form=DELTA_FORMS[0])
+# Of more keys than a program has.
+IN_TILES = replace(ALONG_UNFADED, lengths=(20,), K=72, V=72)
 # Too wide for walks that read.
 READ_APART = replace(ALONG, K=136)
-CLEAN = {"whole": WHOLE, "cut": CUT, "heads": HEADS, "wide": WIDE, "along": ALONG, "read apart": READ_APART}
+CLEAN = {
+    "whole": WHOLE, "cut": CUT, "heads": HEADS, "wide": WIDE, "along": ALONG, "along unfaded": ALONG_UNFADED,
+    "in tiles": IN_TILES, "read apart": READ_APART,
+}  # fmt: skip
 
 ROW = "tl.minimum(rows, num_rows - 1)"
 OF_QUERIES = "state = sum_of_products(tl.trans(q), read, state, PRECISION)"
@@ -186,7 +203,7 @@ BUGS = {
     "reads not transposed backwards": (WHOLE, Bug(delta_walks, "tl.trans(reads), do", "reads, do")),
     "erases not transposed backwards": (
         WIDE,
-        Bug(delta_walks, "tl.trans(erasure), beta * d_write", "erasure, beta * d_write"),
+        Bug(delta_walks, "tl.trans(erasure), crossing", "erasure, crossing"),
     ),
     "erases not transposed where reads lie with them": (
         WHOLE,
@@ -195,22 +212,22 @@ BUGS = {
     "pairs not transposed for the keys' gradient": (WHOLE, Bug(delta_walks, "tl.trans(reads), q", "reads, q")),
     "the erase's gradient added": (WHOLE, Bug(delta_walks, "dk - erased +", "dk + erased +")),
     "a token's own pair forgotten in the keys' gradient": (WHOLE, Bug(delta_walks, "own[:, None] * q", "0 * q")),
-    "what an erase crosses forgotten": (WHOLE, Bug(delta_walks, "- tl.sum(k.to(tl.float32) * erased, 1)", "")),
+    "what an erase crosses forgotten": (WHOLE, Bug(delta_walks, "- tl.sum(key * erased, 1)", "")),
     "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
     "the state does not fade": (
         WHOLE,
         Bug(delta_walks, "state *= decay_of(total)", "state *= 1.0", count=2),
     ),
-    "the state is not added to": (WHOLE, Bug(delta_walks, "written.to(dtype), acc=state,", "written.to(dtype),")),
+    "the state is not added to": (
+        WHOLE,
+        Bug(delta_walks, "written, state, PRECISION", "written, 0 * state, PRECISION"),
+    ),
     "what reads forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_QUERIES, "pass")),
     "what erases forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_ERASES, "pass")),
     "beta forgotten in the write": (WHOLE, Bug(delta_walks, "written = beta * wrong", "written = wrong")),
     "beta forgotten in the erase": (WHOLE, Bug(delta_walks, "exact = beta * wrong", "exact = wrong")),
     "beta forgotten in the chunk's inverse": (WHOLE, Bug(delta_walks, "overlaps * beta[:, None]", "overlaps")),
-    "beta forgotten in the later erases": (
-        WHOLE,
-        Bug(delta_walks, "tl.trans(erasure), beta * d_write", "tl.trans(erasure), d_write"),
-    ),
+    "beta forgotten in the later erases": (WHOLE, Bug(delta_walks, "(beta * d_write).to(dtype)", "d_write.to(dtype)")),
     "beta forgotten in the values' gradient": (WHOLE, Bug(delta_walks, "dv = beta * d_write", "dv = d_write")),
     "the inverse one level short": (
         WHOLE,
@@ -230,7 +247,23 @@ BUGS = {
         Bug(delta_along_keys, "known += scale * tl.sum", "known += tl.sum"),
     ),
     "what a write leaves along the key forgotten": (ALONG, Bug(delta_along_keys, "kept[:, None] * wrong", "wrong")),
-    "what is along the key added": (ALONG, Bug(delta_along_keys, "(known - tl.sum(k * dq, 1))", "known")),
+    "what is along the key added": (ALONG, Bug(delta_along_keys, "known - tl.sum(k * dq, 1)", "known")),
+    "what is along the key added where nothing fades": (
+        ALONG_UNFADED,
+        Bug(delta_walks, "known - tl.sum(key * dq, 1)", "known"),
+    ),
+    "a tile's share of the values taken for all": (
+        IN_TILES,
+        Bug(delta_walks, "tile * COLUMNS, NUM_TILES * COLUMNS, COLUMNS", "0, COLUMNS, COLUMNS"),
+    ),
+    "what one tile's keys lack forgotten": (
+        IN_TILES,
+        Bug(delta_along_keys, "tl.static_range(TILES)", "tl.static_range(1)"),
+    ),
+    "what a tile's keys read left in the decay's gradient": (
+        replace(IN_TILES, form=ALONG.form),
+        Bug(delta_along_keys, "tl.static_range(1, READ_TILES)", "tl.static_range(READ_TILES, READ_TILES)"),
+    ),
     "what is along the key read twice": (
         READ_APART,
         Bug(delta_walks, "query - along[:, None] * key", "query"),
