@@ -17,7 +17,8 @@ The sums that the decay's gradient is made of are known as well then: what a tok
 is <dv, r>, and what its erase read <dv, v - r>.
 
 Where there is a decay a pass does it, which most chunks need not (`settle_kernel`). Without one all chunks do: the kernel that
-makes dq does it where a program has all keys, or leaves what each tile of them lacks to a pass over those (`settle_tiles_kernel`).
+makes dq does it where a program has all keys, or leaves what each tile of them lacks to a pass over those
+(`settle_tiles_kernel`).
 """
 
 from __future__ import annotations
@@ -193,8 +194,8 @@ def settle_kernel(
     end = tl.minimum(begin + together, num_chunks)
     each = begin + tl.arange(0, MOST)
     ends = decay_ptr + head.to(tl.int64) * num_tokens - 1
-    start, size = part_of(borders_ptr, borders_stride, tl.minimum(each, num_chunks - 1), PIECE, CHUNK)
-    totals = tl.load(ends + start + size, mask=(each < end) & (size > 0), other=float("-inf"))
+    starts, sizes = part_of(borders_ptr, borders_stride, tl.minimum(each, num_chunks - 1), PIECE, CHUNK)
+    totals = tl.load(ends + starts + sizes, mask=(each < end) & (sizes > 0), other=float("-inf"))
     if tl.max(totals, 0) < LASTS:
         return
     for step in range(end - begin):
