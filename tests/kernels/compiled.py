@@ -40,11 +40,14 @@ SHAPES = {"whole": (2, 512), "cut": (1, 3000)}
 class Compiler:
     """In place of `launch_kernel`: compiles what it is given, once, in threads."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, kernels: list[str] | None = None) -> None:
         self.pool = ThreadPoolExecutor(threads)
+        self.kernels = kernels
         self.made: dict[tuple[object, ...], Future[Any]] = {}
 
     def __call__(self, kernel: Any, grid: int, *arguments: Tensor | int | float | None, **options: Any) -> None:
+        if self.kernels is not None and kernel.__name__ not in self.kernels:
+            return
         names = [parameter.name for parameter in kernel.params]
         given = dict(zip(names, arguments, strict=False)) | options
         constants = {
@@ -105,10 +108,10 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
 
 
 def compile_all(
-    rules: list[str], dims: list[int], shapes: list[str], threads: int
+    rules: list[str], dims: list[int], shapes: list[str], threads: int, only: list[str] | None = None
 ) -> dict[tuple[object, ...], Future[Any]]:
-    """What the scans of these rules would launch."""
-    compiler = Compiler(threads)
+    """What the scans of these rules would launch, of all kernels or of some."""
+    compiler = Compiler(threads, only)
     for module in pkgutil.iter_modules(kernels.__path__):
         imported = importlib.import_module(f"{kernels.__name__}.{module.name}")
         if module.name != "launch" and hasattr(imported, "launch_kernel"):
@@ -127,9 +130,10 @@ def main() -> None:
     parser.add_argument("--rules", nargs="*", default=rule_names(), choices=rule_names())
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128, 256])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--kernels", nargs="*", help="all, if not given")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    made = compile_all(options.rules, options.head_dims, options.shapes, options.threads)
+    made = compile_all(options.rules, options.head_dims, options.shapes, options.threads, options.kernels)
     for (kernel, *_), future in made.items():
         shared = future.result().metadata.shared
         assert shared <= SHARED_MEMORY, f"{kernel.__name__} takes {shared} bytes of shared memory"  # type: ignore[attr-defined]

@@ -24,32 +24,42 @@ from linear_moe.kernels import (
 )
 
 SCRIPT = Path(__file__).with_name("compiled.py")
-FAMILIES: dict[str, tuple[tuple[ModuleType, ...], tuple[int, ...]]] = {
-    "mamba2": ((scalar_walks, parallel_scan, piece_reads, wide_scan), (64, 256)),
-    "gated_deltanet": ((delta_walks, delta_along_keys, delta_forward), (128, 256)),
-    "gla": ((gla_walks,), (64,)),
+UNFADED = "settle_tiles_kernel"
+FAMILIES: dict[str, tuple[tuple[ModuleType, ...], tuple[int, ...], set[str]]] = {
+    "mamba2": ((scalar_walks, parallel_scan, piece_reads, wide_scan), (64, 256), set()),
+    "gated_deltanet": ((delta_walks, delta_along_keys, delta_forward), (128, 256), {UNFADED}),
+    "gla": ((gla_walks,), (64,), set()),
 }
-"""A rule of each, the modules that have its kernels, and widths of all ways that they go. Narrower ones take less memory."""
+"""A rule of each, the modules that have its kernels, widths of all ways that they go, and what its rule does not launch.
+Narrower ones take less memory.
+"""
+
+
+def compiled(cache: Path, rule: str, *how: str) -> set[str]:
+    """The kernels of a rule that compiled, in another process: here kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--rules", rule, "--threads", "1", *how],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {line.partition(":")[0] for line in done.stdout.splitlines()}
 
 
 @pytest.mark.parametrize("rule", FAMILIES)
 def test_every_kernel_of_a_scan_compiles_for_hopper(rule: str, tmp_path: Path) -> None:
-    modules, dims = FAMILIES[rule]
+    modules, dims, absent = FAMILIES[rule]
     expected = {
         name
         for module in modules
         for name, x in vars(module).items()
         if name.endswith("_kernel") and hasattr(x, "fn") and x.fn.__module__ == module.__name__
     }
-    # Another process: here kernels are interpreted.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Of whole chunks a kernel is the same without its masks.
-    how = ["--rules", rule, "--shapes", "cut", "--threads", "1", "--head-dims", *map(str, dims)]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *how], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    made = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    made = compiled(tmp_path, rule, "--shapes", "cut", "--head-dims", *map(str, dims))
     assert expected, modules
-    assert expected <= made, sorted(expected - made)
+    assert expected - absent <= made, sorted(expected - absent - made)
+
+
+def test_what_a_delta_rule_without_a_decay_launches_besides_compiles_for_hopper(tmp_path: Path) -> None:
+    assert compiled(tmp_path, "deltanet", "--shapes", "cut", "--head-dims", "128", "--kernels", UNFADED) == {UNFADED}
