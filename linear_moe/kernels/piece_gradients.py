@@ -28,7 +28,7 @@ from torch import Tensor
 
 from linear_moe.kernels import piece_reads
 from linear_moe.kernels.blocks import DECAY_NAMES, NO_DECAY, load_rows, piece_of, rate_of, rows_left, store_rows
-from linear_moe.kernels.delta_along_keys import STRONG
+from linear_moe.kernels.delta_along_keys import rest_along_key
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.piece_reads import Launch, Pieces, add_pairs, begin_rows, choices, quarters, read_rows
@@ -168,7 +168,7 @@ def _finish_along_key(
     more, others = _along_columns(fourth, k_ptr, start, row, valid, k_head, 3 * QUARTER, K_HEADS, WIDTH)
     along += more
     squares += others
-    rest = tl.where(tl.max(beta * squares, 0) >= STRONG, known - along, 0.0) / tl.where(squares > 0.0, squares, 1.0)
+    rest = rest_along_key(known - along, squares, beta)
     _finish_columns(first, rest, None, k_ptr, out_ptr, start, row, valid, head, k_head, k_head, 0, HEADS, K_HEADS, K_HEADS,
                     WIDTH)  # fmt: skip
     _finish_columns(second, rest, None, k_ptr, out_ptr, start, row, valid, head, k_head, k_head, QUARTER, HEADS, K_HEADS,
