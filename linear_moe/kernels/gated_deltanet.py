@@ -142,8 +142,9 @@ class _Walk(NamedTuple):
     in_full: bool
     """Whether every piece has `piece` tokens."""
 
-    def constants(self, k: Tensor, v: Tensor) -> dict[str, object]:
-        return {
+    def constants(self, k: Tensor, v: Tensor, *unused: str) -> dict[str, object]:
+        """But for those that a kernel has no use for."""
+        constants: dict[str, object] = {
             "HEADS": v.shape[1],
             "K_HEADS": k.shape[1],
             "K": k.shape[2],
@@ -152,6 +153,7 @@ class _Walk(NamedTuple):
             "IN_FULL": self.in_full,
             "PRECISION": precision_of(k.dtype),
         }
+        return {name: value for name, value in constants.items() if name not in unused}
 
 
 def chunk_length(k: Tensor, v: Tensor) -> int:
@@ -228,8 +230,7 @@ def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, apart: Tensor | 
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
     solved = new_solved(k, v)
-    constants = walk.constants(k, v) | {"PRECISION": inverse_precision_of(k.dtype)}
-    del constants["V"]
+    constants = walk.constants(k, v, "V") | {"PRECISION": inverse_precision_of(k.dtype)}
     launch = SOLVE_TABLE.pick(v.device, DECAY_NAMES[walk.kind], k.shape[2], k.dtype)
     launch_kernel(
         solve_kernel,
@@ -522,19 +523,17 @@ def _gradients(
     settles = overlaps is None and k.dtype != torch.float32
     missed = walk.beta.new_empty(tiles, *walk.beta.shape) if settles and tiles > 1 else None
     borders = walk.cuts.borders
-    constants = walk.constants(k, v)
     launch_kernel(
         gradients_kernel, walk.cuts.num_pieces * heads * tiles, q, k, v if settles else None, d_output, dv, wrong, walk.decays,
         walk.beta, states, ends, dq, dk, *(overlaps or (None, None)), missed, borders, borders.stride(0), states.stride(0),
         num_tokens, scale, CHUNK=launch.chunk, COLUMNS=tile_of(value_dim, launch.tile, k.dtype), TILE=tile,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, **constants,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **walk.constants(k, v),
     )  # fmt: skip
     if missed is not None:
-        for unused in ("PRECISION", "V", "DECAY"):
-            del constants[unused]
         launch_kernel(
             settle_tiles_kernel, walk.cuts.num_pieces * heads, k, walk.beta, missed, dq, borders, borders.stride(0), num_tokens,
-            TILES=tiles, CHUNK=launch.chunk, K_BLOCK=block_of(key_dim), num_warps=4, num_stages=1, **constants,
+            TILES=tiles, CHUNK=launch.chunk, K_BLOCK=block_of(key_dim), num_warps=4, num_stages=1,
+            **walk.constants(k, v, "PRECISION", "V", "DECAY"),
         )  # fmt: skip
     return dq, dk, overlaps
 
@@ -547,14 +546,11 @@ def _settle(
     heads, value_dim = v.shape[1:]
     chunk, block = chunk_length(k, v), block_of(k.shape[2])
     borders = walk.cuts.borders
-    constants = walk.constants(k, v)
-    for unused in ("PRECISION", "DECAY"):
-        del constants[unused]
     num_chunks = walk.cuts.num_pieces * (walk.piece // chunk)
     together = min(max(num_chunks * heads // (4 * num_processors(k.device)), 1), MOST_TOGETHER)
     launch_kernel(
         settle_kernel, cdiv(num_chunks, together) * heads, q, k, v, d_output, dv, wrong, walk.decays, walk.beta, dq, *crossing,
         borders, borders.stride(0), num_chunks, together, len(v), scale, PIECE=walk.piece, CHUNK=chunk, K_BLOCK=block,
         COLUMNS=min(block_of(value_dim), 64), READ_TILES=len(crossing.read), WRITTEN_TILES=len(crossing.written),
-        MOST=MOST_TOGETHER, num_warps=8 if block > 128 else 4, num_stages=1, **constants,
+        MOST=MOST_TOGETHER, num_warps=8 if block > 128 else 4, num_stages=1, **walk.constants(k, v, "PRECISION", "DECAY"),
     )  # fmt: skip
