@@ -60,15 +60,15 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
+def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype, decay: str = Decay.NONE.value) -> Launch:
     """Launch parameters of `walk`: "forward", "values" ("values in full" where every chunk is C tokens), or of the "gradients"
-    that are no walk. All share one chunk.
+    that are no walk. All share one chunk, and no size depends on the decay.
 
     From a frozen table, measured on an H100 (torch 2.11, triton 3.6, bf16; ms of training passes with a scalar decay, 1 to 3
     stages). At B8 T4096 H16 K = V = 128: forward -, 0.487, 0.410; values in full 0.516, 0.570, 0.450; of as many tokens in 8
-    unequal segments values 0.888, 0.902, 0.809. At B32 T2048 H16 K = V = 64: forward -, 0.358, 0.361; values in full 0.386,
-    0.372, 0.354. Gradients on an H200 0.609, 0.522, 0.755, and, of K = 64, whose loop has one step, 0.44. Tiles of 32 and 8
-    warps are slower.
+    unequal segments values 0.888, 0.902, 0.809. At B32 T2048 H16 K = V = 64: values in full 0.386, 0.372, 0.354; on an H200
+    forward -, 0.305, 0.348, without a decay -, 0.301, 0.274. Gradients on an H200 0.609, 0.522, 0.755, and, of K = 64, whose
+    loop has one step, 0.44. Tiles of 32 and 8 warps are slower.
     At B8 T4096 H4 K = V = 256, where forward and values only write, tiles of 64 on 8 warps with 2 and 3 stages: forward 0.280,
     0.200; values 0.401, -. Where a mixture's segments fill the GPU several times over, forward 0.587 with tiles of 32, of
     which two programs fit a multiprocessor, 0.670 with 3 stages, 0.666 with tiles of 64; values 1.243 with 32, 1.202 with 64.
@@ -81,13 +81,15 @@ def choose_launch(walk: str, key_dim: int, value_dim: int, dtype: torch.dtype) -
         if walk == "forward":
             return Launch(chunk=64, tile=32, num_warps=4, num_stages=2)
         return Launch(chunk=64, tile=64, num_warps=8, num_stages=2)
-    few = walk == "gradients" or (walk == "values" and largest <= 64)
+    few = walk == "gradients" or (
+        largest <= 64 and (walk == "values" or (walk == "forward" and decay != Decay.NONE.value))
+    )
     return Launch(chunk=64, tile=64, num_warps=4, num_stages=2 if few else 3)
 
 
 TABLE = LaunchTable(
     "gated_deltanet",
-    lambda walk, decay, key_dim, value_dim, dtype: choose_launch(walk, key_dim, value_dim, dtype),
+    lambda walk, decay, key_dim, value_dim, dtype: choose_launch(walk, key_dim, value_dim, dtype, decay),
     lambda walk, decay, key_dim, value_dim, dtype: {
         "tile": tile_choices(*((key_dim, value_dim) if walk == "gradients" else (value_dim, key_dim)), dtype),
         "num_warps": (4, 8),
