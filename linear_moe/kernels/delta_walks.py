@@ -98,11 +98,11 @@ def _product(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _joined(lower, inverse, row, column, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """`inverse`, of blocks of 2^FIRST rows, doubled to 2^LAST."""
+def _joined(lower, weights, inverse, row, column, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """`inverse` of I + weights lower, of blocks of 2^FIRST rows, doubled to 2^LAST."""
     for level in tl.static_range(FIRST, LAST):
         joins = (row // (2 << level) == column // (2 << level)) & (row // (1 << level) != column // (1 << level))
-        step = _product(tl.where(joins, lower, 0.0), inverse, PRECISION)
+        step = weights * _product(tl.where(joins, lower, 0.0), inverse, PRECISION)
         inverse -= _product(inverse, step, PRECISION)
     return inverse
 
@@ -130,25 +130,33 @@ def _inverse_of_pairs(lower, row, column):
 
 
 @triton.jit
-def unit_lower_inverse(lower, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` float32, by doubling the blocks that are inverted.
+def unit_lower_inverse(lower, weights, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + diag(weights) lower)^-1 of a strictly lower triangle `[SIZE, SIZE]` and weights `[SIZE]`, float32, by doubling the
+    blocks that are inverted.
 
     With X the inverse of the blocks of one width and L what joins two of them, the pair's inverse is X - X L X: block
     substitution, whose terms stay small where powers of the whole triangle would not (keys nearly parallel). Exact results
-    take float64, in which what a product rounds away of nearly parallel keys does not matter, and it is returned so.
+    take float64, in which what a product rounds away of nearly parallel keys does not matter, and it is returned so. A product
+    is weighted, not the triangle: the caller needs that as it is, and of both together registers would spill.
     """
     rows = tl.arange(0, SIZE)
     if PRECISION == "ieee":
         lower = lower.to(tl.float64)
         row, column = rows[:, None], rows[None, :]
-        inverse = _joined(lower, _inverse_of_pairs(lower, row, column), row, column, 1, LEVELS, PRECISION)
+        weights = weights[:, None].to(tl.float64)
+        inverse = _joined(
+            lower, weights, _inverse_of_pairs(weights * lower, row, column), row, column, 1, LEVELS, PRECISION
+        )
     else:
         # Products of the small blocks alone, as long as they are small: those of whole matrices are zeros for the most part.
         small = _diagonal_blocks(lower, 16)
         each = tl.arange(0, 16)
         row, column = each[None, :, None], each[None, None, :]
-        inverse = _joined(small, _inverse_of_pairs(small, row, column), row, column, 1, 4, PRECISION)
-        inverse = _joined(lower, _on_diagonal(inverse), rows[:, None], rows[None, :], 4, LEVELS, PRECISION)
+        few = tl.reshape(weights, (SIZE // 16, 16, 1))
+        inverse = _joined(small, few, _inverse_of_pairs(few * small, row, column), row, column, 1, 4, PRECISION)
+        inverse = _joined(
+            lower, weights[:, None], _on_diagonal(inverse), rows[:, None], rows[None, :], 4, LEVELS, PRECISION
+        )
     return inverse
 
 
@@ -220,7 +228,7 @@ def solve_kernel(
         overlaps *= decay_where(earlier, summed[:, None], summed[None, :])
     else:
         overlaps = tl.where(earlier, overlaps, 0.0)
-    inverse = unit_lower_inverse(overlaps * beta[:, None], CHUNK, LEVELS, PRECISION)
+    inverse = unit_lower_inverse(overlaps, beta, CHUNK, LEVELS, PRECISION)
     solved = -_product(overlaps.to(inverse.dtype), inverse, PRECISION)
     writes = solved * beta[None, :]
     if WEIGHTED:

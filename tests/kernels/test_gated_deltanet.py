@@ -238,7 +238,10 @@ BUGS = {
     "what erases forgotten in the state's gradient": (WHOLE, Bug(delta_walks, OF_ERASES, "pass")),
     "beta forgotten in the write": (WHOLE, Bug(delta_walks, "written = beta * wrong", "written = wrong")),
     "beta forgotten in the erase": (WHOLE, Bug(delta_walks, "exact = beta * wrong", "exact = wrong")),
-    "beta forgotten in the chunk's inverse": (WHOLE, Bug(delta_walks, "overlaps * beta[:, None]", "overlaps")),
+    "beta forgotten in the chunk's inverse": (
+        WHOLE,
+        Bug(delta_walks, "unit_lower_inverse(overlaps, beta,", "unit_lower_inverse(overlaps, 0 * beta + 1,"),
+    ),
     "beta forgotten in the later erases": (WHOLE, Bug(delta_walks, "(beta * d_write).to(dtype)", "d_write.to(dtype)")),
     "beta forgotten in the values' gradient": (WHOLE, Bug(delta_walks, "dv = beta * d_write", "dv = d_write")),
     "the inverse one level short": (
