@@ -1,8 +1,9 @@
-"""The delta rule with a scalar decay or none where nothing is kept for a backward pass: one walk, of short chunks.
+"""The delta rule's forward pass with a scalar decay or none in one walk, of short chunks.
 
-The equations are those of `linear_moe.kernels.delta_walks`. There tiles are multiplied by what lies in shared memory, and wide
-heads take a walk that stores states and a pass that reads from them. Here a program walks the chunks of one (piece of a
-segment, head, tile of value channels) and reads as it goes, at any width:
+For heads of any width where nothing is kept for a backward pass, and for wide ones, of which states are kept of pieces of
+several chunks. The equations are those of `linear_moe.kernels.delta_walks`. There tiles are multiplied by what lies in shared
+memory, and wide heads take a walk that stores states and a pass that reads from them. Here a program walks the chunks of one
+(piece of a segment, head, tile of value channels) and reads as it goes:
 
     - the state is transposed, `[values, keys]`, so that it is the left factor of what is read from it, and so is all that comes
       of it: a tensor core takes a left factor from registers, where products leave it
@@ -27,6 +28,9 @@ Of keys nearly parallel each write takes back the last one's, and the roundings 
 
 Segments that are cut have a walk of this kind first that reads nothing: from zeros, for what each piece adds to a state, and in
 more programs from the identity, for what it does to one.
+
+A backward pass has chunks twice as long, whose E and R it is left. These chunks' are the blocks on their diagonals: one solve
+makes both.
 """
 
 from __future__ import annotations
@@ -61,8 +65,16 @@ from linear_moe.kernels.blocks import (
     zero_uncovered,
 )
 from linear_moe.kernels.delta_walks import solve_kernel
-from linear_moe.kernels.descriptors import describable, described_rows
-from linear_moe.kernels.gated_deltanet import Forward, piece_length
+from linear_moe.kernels.descriptors import describable, described_rows, described_states
+from linear_moe.kernels.gated_deltanet import (
+    Forward,
+    Kept,
+    new_stored_states,
+    piece_length,
+    solve,
+    stored_piece,
+    walk_of,
+)
 from linear_moe.kernels.join import FROM_ZEROS, Starts, join_affine
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.launch_tables import LaunchTable
@@ -134,9 +146,14 @@ SOLVE_TABLE = LaunchTable(
 """By the decay, K and the dtype."""
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether descriptors can describe what heads are in. Exact products have no use for them."""
-    return k.dtype != torch.float32 and describable(q, k, v)
+def takes(q: Tensor, k: Tensor, v: Tensor, keep: bool = False) -> bool:
+    """Whether descriptors can describe what heads are in. Exact products have no use for them.
+
+    `keep`: for a backward pass, which of narrow heads takes a state of every chunk of its own, and of the reads.
+    """
+    if k.dtype == torch.float32 or (keep and stored_piece(k, v) is None):
+        return False
+    return describable(q, k, v)
 
 
 @triton.jit
@@ -158,15 +175,19 @@ def delta_forward_kernel(
     erasure_ptr,
     reads_ptr,
     o_ptr,
+    wrong_ptr,
     initial_ptr,
     joined_ptr,
     owner_ptr,
     first_ptr,
     final_ptr,
     transitions_ptr,
+    states_ptr,
+    first_piece_ptr,
     borders_ptr,
     borders_stride,
     order_ptr,
+    num_states,
     num_tokens,
     scale,
     HEADS: tl.constexpr,
@@ -174,6 +195,7 @@ def delta_forward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
     HALF: tl.constexpr,
     TILE: tl.constexpr,
     DECAY: tl.constexpr,
@@ -184,11 +206,12 @@ def delta_forward_kernel(
     """A null pointer leaves its part out, but R', in place of which P is made here then, of keys in one part.
 
     HALF: keys of the state's first part, which may hold all of them. `transitions` `[*, HEADS, K, K]`: the final state of tiles
-    past the values', from a start of the identity and with no values.
+    past the values', from a start of the identity and with no values. `states`: of the state before each PIECE tokens.
     """
     VALUE_TILES: tl.constexpr = (V + TILE - 1) // TILE
     TILES: tl.constexpr = VALUE_TILES if transitions_ptr is None else VALUE_TILES + (K + TILE - 1) // TILE
     IN_TWO: tl.constexpr = K > HALF
+    KEYS: tl.constexpr = 2 * HALF if IN_TWO else HALF
     tile, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, TILES)
     # A final state alone is for what comes after: of a piece that was emptied nothing does.
     if o_ptr is None:
@@ -205,8 +228,13 @@ def delta_forward_kernel(
     if o_ptr is not None:
         qs = described_rows(q_ptr, start, size, k_head, K_HEADS, K, CHUNK, HALF)
         outputs = described_rows(o_ptr, start, size, head, HEADS, V, CHUNK, TILE)
+        if wrong_ptr is not None:
+            wrongs = described_rows(wrong_ptr, start, size, head, HEADS, V, CHUNK, TILE)
         if reads_ptr is not None:
             reads = described_rows(reads_ptr, start, size, head, HEADS, CHUNK, CHUNK, CHUNK)
+    if states_ptr is not None:
+        states = described_states(states_ptr, num_states * HEADS, K, V, KEYS, TILE)
+        begins = tl.load(first_piece_ptr + piece).to(tl.int32)
     low = load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, values, keys, V, K, True, False)
     if transitions_ptr is not None:
         columns = values - VALUE_TILES * TILE
@@ -223,6 +251,15 @@ def delta_forward_kernel(
         done = chunk * CHUNK
         first = start + done
         num_rows = rows_left(size, done, CHUNK, IN_FULL)
+        if states_ptr is not None:
+            # Between two of them past the last, where nothing is stored: a branch would take its registers from the products.
+            place = tl.where(done % PIECE == 0, (begins + done // PIECE) * HEADS + head, num_states * HEADS)
+            # Both parts at once: a store waits for the one before.
+            if IN_TWO:
+                before = tl.permute(tl.join(low.to(dtype), high.to(dtype)), (2, 1, 0))
+            else:
+                before = tl.trans(low.to(dtype))
+            states.store([place, 0, tile * TILE], tl.reshape(before, (1, KEYS, TILE)))
         # One part after the other: but for its sums, only one part's rounded copy takes registers.
         k_low = ks.load([done, 0])
         rounded = low.to(dtype)
@@ -276,6 +313,8 @@ def delta_forward_kernel(
         low = tl.dot(written, k_low, acc=low, input_precision=PRECISION)
         if IN_TWO and o_ptr is not None:
             high = tl.dot(written, k_high, acc=high, input_precision=PRECISION)
+        if wrong_ptr is not None:
+            wrongs.store([done, tile * TILE], tl.trans(wrong.to(dtype)))
     if final_ptr is not None:
         at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
         inside = (values < V)[:, None]
@@ -302,28 +341,43 @@ def forward(
     decay: Decay,
     scale: float,
     want_final: bool,
+    keep: bool,
 ) -> Forward:
-    """As `linear_moe.kernels.gated_deltanet.forward`, with nothing kept."""
+    """As `linear_moe.kernels.gated_deltanet.forward`. `keep` only where `stored_piece` says how far apart states are stored."""
     num_tokens, heads, value_dim = v.shape
     key_heads, key_dim = k.shape[1:]
     device, exact, kind = v.device, k.dtype == torch.float32, DECAY_KINDS[decay]
     launch = TABLE.pick(device, decay.value, key_dim, value_dim, k.dtype)
     chunk, block = launch.chunk, block_of(key_dim)
-    cuts, splits = ragged.cut_twice(num_tokens, chunk, piece_length(k, v, ragged))
-    gates = gates_by_head(log_decay, beta, cuts.borders, chunk, exact=exact)
+    kept, decays = None, None
+    makes_reads = block <= launch.paired_keys and not keep
+    solved = k.new_empty(1 if makes_reads else 2, num_tokens, heads, chunk)
+    if keep:
+        # The chunks of the backward pass are longer, and solved with these.
+        back = walk_of(k, v, log_decay, beta, ragged, decay)
+        piece, cuts, splits, strengths = back.piece, back.cuts, back.splits, back.beta
+        longer = solve(q, k, v, back, scale=scale, short=solved)
+        kept = Kept(torch.empty_like(v), longer, None, None, new_stored_states(k, v, cuts.num_pieces))
+        if log_decay is not None:
+            decays = gates_by_head(log_decay, None, cuts.borders, piece, chunk=chunk, exact=exact).inner
+    else:
+        piece = chunk
+        cuts, splits = ragged.cut_twice(num_tokens, chunk, piece_length(k, v, ragged))
+        gates = gates_by_head(log_decay, beta, cuts.borders, chunk, exact=exact)
+        assert gates.beta is not None
+        decays, strengths = gates.sums, gates.beta
     constants = {
-        "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "DECAY": kind,
+        "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "PIECE": piece, "DECAY": kind,
         "IN_FULL": ragged.in_full(num_tokens, chunk),
     }  # fmt: skip
-    makes_reads = block <= launch.paired_keys
-    solved = k.new_empty(1 if makes_reads else 2, num_tokens, heads, chunk)
+    if not keep:
+        launch_kernel(
+            solve_kernel, cuts.num_pieces * heads, None if makes_reads else q, k, decays, strengths, solved, None, None, None,
+            cuts.borders, cuts.borders.stride(0), num_tokens, scale, SHORT=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block,
+            PACKED=False, WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
+            num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps, num_stages=1, **constants,
+        )  # fmt: skip
     erasure, reads = solved[0], None if makes_reads else solved[1]
-    launch_kernel(
-        solve_kernel, cuts.num_pieces * heads, None if makes_reads else q, k, gates.sums, gates.beta, solved, None, None,
-        cuts.borders, cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block,
-        PACKED=False, WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
-        num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps, num_stages=1, **constants,
-    )  # fmt: skip
 
     def walk(
         walked: Walked,
@@ -335,9 +389,11 @@ def forward(
         tile = tile_of(value_dim, launch.tile, k.dtype)
         tiles = cdiv(value_dim, tile) + (0 if transitions is None else cdiv(key_dim, tile))
         (queries, given), keys = ((None, None), launch.moved_keys) if output is None else ((q, reads), launch.keys)
+        wrong, states = (None, None) if kept is None or output is None else (kept.wrong, kept.states)
         launch_kernel(
-            delta_forward_kernel, walked.num_pieces * heads * tiles, queries, k, v, gates.sums, gates.beta, erasure, given,
-            output, *starts.arguments(), ends, transitions, *walked.arguments(), num_tokens, scale, V=value_dim,
+            delta_forward_kernel, walked.num_pieces * heads * tiles, queries, k, v, decays, strengths, erasure, given, output,
+            wrong, *starts.arguments(), ends, transitions, states, splits.begins, *walked.arguments(),
+            0 if states is None else len(states), num_tokens, scale, V=value_dim,
             HALF=block if block <= keys else block // 2, TILE=tile, THREADS=32 * launch.num_warps,
             PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages, **constants,
         )  # fmt: skip
@@ -346,11 +402,15 @@ def forward(
     if splits.cut:
         increments = new_states(splits.num_pieces, k, v)
         transitions = increments.new_empty(splits.num_pieces, heads, key_dim, key_dim)
-        walk(splits.handing_on(), FROM_ZEROS, increments, transitions=transitions)
+        # Backwards in time it is other pieces that hand on.
+        moving = splits.of_cut_segments if keep else splits.handing_on()
+        walk(moving, FROM_ZEROS, increments, transitions=transitions)
         joined, _ = join_affine(increments, transitions, initial_state, splits, want_final=False, exact=exact)
+        if kept is not None:
+            kept = kept._replace(transitions=transitions)
     ends = new_states(splits.num_pieces, k, v) if want_final else None
     output = torch.empty_like(v)
     walk(splits.all, Starts(initial_state, joined, splits), ends, output)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
-    return Forward(output, None if ends is None else splits.ends(ends), None)
+    return Forward(output, None if ends is None else splits.ends(ends), kept)

@@ -175,12 +175,31 @@ def _load_solved(
 
 
 @triton.jit
+def _rounded_erases(erases, writes, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """-E or -E diag(b) as it is kept, with `writes` -E diag(b). As it is before it is transposed: a tile of half the size.
+
+    What rounding adds to a token's erase the next ones take back, as they do what is written there: of keys nearly parallel it
+    would stay.
+    """
+    added = erases.to(dtype).to(erases.dtype) - erases
+    return (erases + tl.dot(writes.to(dtype), added.to(dtype), input_precision=PRECISION)).to(dtype)
+
+
+@triton.jit
+def _store_short(ptr, x, first, head, HEADS: tl.constexpr, SHORT: tl.constexpr, rows, valid):
+    """Of a chunk's matrix the blocks on its diagonal, `[*, HEADS, SHORT]`."""
+    at = ((first + rows) * HEADS + head)[:, None] * SHORT + (rows % SHORT)[None, :]
+    tl.store(ptr + at, x, mask=valid[:, None] & (rows[:, None] // SHORT == rows[None, :] // SHORT))
+
+
+@triton.jit
 def solve_kernel(
     q_ptr,
     k_ptr,
     decay_ptr,
     beta_ptr,
     solved_ptr,
+    short_ptr,
     apart_ptr,
     along_ptr,
     borders_ptr,
@@ -192,6 +211,7 @@ def solve_kernel(
     K: tl.constexpr,
     PIECE: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHORT: tl.constexpr,
     LEVELS: tl.constexpr,
     K_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
@@ -201,7 +221,8 @@ def solve_kernel(
     PRECISION: tl.constexpr,
 ):
     """`solved`: -E of all tokens, then R of all tokens; without q, -E alone. PACKED: R - E^T, a triangle each.
-    WEIGHTED: -E diag(b), then scale R diag(b).
+    WEIGHTED: -E diag(b), then scale R diag(b). `short` `[2, S, HEADS, SHORT]`: these of chunks of SHORT tokens, which are the
+    blocks on the diagonals.
 
     `apart` `[S, HEADS, K]`: what a query has that its own key has not, q - a k. `along` `[2, HEADS, S]`: a and a (1 - b |k|^2).
     Null pointers leave them out.
@@ -233,12 +254,10 @@ def solve_kernel(
     writes = solved * beta[None, :]
     if WEIGHTED:
         solved = writes
-    # What rounding adds to a token's erase the next ones take back, as they do what is written there: of keys nearly parallel
-    # it would stay.
-    added = solved.to(k.dtype).to(solved.dtype) - solved
-    solved += tl.dot(writes.to(k.dtype), added.to(k.dtype), input_precision=PRECISION)
-    # As it is kept before it is transposed: a tile of half the size.
-    solved = solved.to(k.dtype)
+    solved = _rounded_erases(solved, writes, k.dtype, PRECISION)
+    if short_ptr is not None:
+        short = _rounded_erases(writes, writes, k.dtype, PRECISION)
+        _store_short(short_ptr, short, start, head, HEADS, SHORT, rows, valid)
     if not PACKED:
         store_rows(solved_ptr, solved, start, head, HEADS, CHUNK, rows, rows, valid)
     if q_ptr is not None:
@@ -255,6 +274,9 @@ def solve_kernel(
         else:
             reads = tl.where(seen, reads, 0.0)
         reads = _product(reads.to(inverse.dtype), inverse, PRECISION)
+        if short_ptr is not None:
+            short = (scale * reads * beta[None, :]).to(k.dtype)
+            _store_short(short_ptr, short, num_tokens + start, head, HEADS, SHORT, rows, valid)
         if WEIGHTED:
             reads *= scale * beta[None, :]
         if PACKED:

@@ -36,3 +36,12 @@ def described_rows(
         ptr + (start * HEADS + head) * WIDTH, shape=[tl.maximum(size, 1), WIDTH], strides=[HEADS * WIDTH, 1],
         block_shape=[ROWS, COLUMNS],
     )  # fmt: skip
+
+
+@triton.jit
+def described_states(ptr, count, K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
+    """A descriptor of tiles `[1, KEYS, VALUES]` of `count` states `[K, V]`.
+
+    Outside a state, and past the last, it stores nothing.
+    """
+    return tl.make_tensor_descriptor(ptr, shape=[count, K, V], strides=[K * V, V, 1], block_shape=[1, KEYS, VALUES])

@@ -5,8 +5,8 @@ chunks' own matrices, walks each segment (or, of long ones, its pieces, whose tr
 keeps r and the states that chunks begin with. A backward pass walks back for dv and the strengths' gradients, and stores the
 states' gradients; those of queries and keys are made from the two, all chunks in parallel. Where a head's state is too large
 for a walk that also reads it, states are stored of pieces of a few chunks (`linear_moe.kernels.piece_gradients`), and the
-output is made from them too (`linear_moe.kernels.piece_reads`). In 16 bits what is along a token's own key is then put right
-(`linear_moe.kernels.delta_along_keys`).
+output is made from them too (`linear_moe.kernels.piece_reads`), if not by a walk that can (`linear_moe.kernels.delta_forward`).
+In 16 bits what is along a token's own key is then put right (`linear_moe.kernels.delta_along_keys`).
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
     return split_length(v.shape[0], ragged.max_length, v.shape[1] * tiles, num_processors(v.device), multiple)
 
 
-def _walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
+def walk_of(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, ragged: Ragged, decay: Decay) -> _Walk:
     num_tokens, heads = v.shape[:2]
     chunk, exact = chunk_length(k, v), k.dtype == torch.float32
     stored = stored_piece(k, v)
@@ -227,7 +227,10 @@ def new_solved(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(1 if max(k.shape[2], v.shape[2]) <= chunk else 2, *v.shape[:2], chunk)
 
 
-def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, apart: Tensor | None, along: Tensor | None) -> Tensor:
+def solve(
+    q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, *, scale: float = 1.0, short: Tensor | None = None,
+    apart: Tensor | None = None, along: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Of what chunks know all, or, without queries, E. Fill the others as `solve_kernel` says."""
     num_tokens, heads = v.shape[:2]
     chunk = chunk_length(k, v)
@@ -242,14 +245,16 @@ def _solve(q: Tensor | None, k: Tensor, v: Tensor, walk: _Walk, apart: Tensor | 
         walk.decays,
         walk.beta,
         solved,
+        short,
         apart,
         along,
         walk.cuts.borders,
         walk.cuts.borders.stride(0),
         num_tokens,
-        1.0,
+        scale,
         PIECE=walk.piece,
         CHUNK=chunk,
+        SHORT=chunk if short is None else short.shape[-1],
         LEVELS=chunk.bit_length() - 1,
         K_BLOCK=block_of(k.shape[2]),
         PACKED=len(solved) == 1,
@@ -347,13 +352,13 @@ def forward(
     keep: bool,
 ) -> Forward:
     """The recurrence along ragged segments; arguments as the library op's. `keep`: return what `backward` needs."""
-    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
+    walk = walk_of(k, v, log_decay, beta, ragged, decay)
     # Walks that store states do not read: the reads are for the walk back.
     apart = along = None
     if keep and walk.pieces is not None:
         apart = q.new_empty(*v.shape[:2], k.shape[2])
         along = walk.beta.new_empty(2, *walk.beta.shape)
-    solved = _solve(q if keep or walk.pieces is None else None, k, v, walk, apart, along)
+    solved = solve(q if keep or walk.pieces is None else None, k, v, walk, apart=apart, along=along)
     heads, key_dim = v.shape[1], k.shape[2]
     splits = walk.splits
     joined, transitions = None, None
@@ -434,7 +439,7 @@ def backward(
     scale: float,
 ) -> Backward:
     """The gradients of `forward`; `kept` as it returned it."""
-    walk = _walk_of(k, v, log_decay, beta, ragged, decay)
+    walk = walk_of(k, v, log_decay, beta, ragged, decay)
     num_tokens, heads, value_dim = v.shape
     splits = walk.splits
     constants = walk.constants(k, v)

@@ -253,9 +253,8 @@ def _delta(
     def forward() -> gated_deltanet.Forward:
         given = (q, k, v, log_decay, beta, initial_state, ragged)
         options: dict[str, Any] = {"decay": Decay(decay), "scale": scale, "want_final": want_final}
-        if not keep and delta_forward.takes(q, k, v):
-            return delta_forward.forward(*given, **options)
-        return gated_deltanet.forward(*given, **options, keep=keep)
+        module = delta_forward if delta_forward.takes(q, k, v, keep) else gated_deltanet
+        return module.forward(*given, **options, keep=keep)
 
     def both() -> None:
         kept = forward().kept

@@ -60,9 +60,13 @@ class ScanWork:
         sizes = {"K": K, "V": V}
         if self.form.erase is Erase.DELTA:
             values = "values in full" if self._in_full else "values"
-            walks = {"forward": delta_walks.forward_kernel, values: delta_walks.values_kernel}
+            walks: dict[str, Any] = {values: delta_walks.values_kernel}
             if not wide:
                 walks["gradients"] = delta_walks.gradients_kernel
+            # Of wide heads a walk of the other kernel leaves what a backward pass needs, and reads.
+            together = self._delta_takes(keep=True)
+            if not together:
+                walks["forward"] = delta_walks.forward_kernel
             plain, weighted = ({"K": K, "WEIGHTED": folded} for folded in (False, True))
             alone = [
                 Entry(delta_forward.SOLVE_TABLE, (decay, K, self.dtype), delta_walks.solve_kernel, weighted),
@@ -74,8 +78,8 @@ class ScanWork:
                     Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                     for name, kernel in walks.items()
                 ),
-                *(self._reads("weighted", DELTA_GRADIENTS) if wide else ()),
-                *(alone if self._delta_alone else ()),
+                *(self._reads("weighted", DELTA_GRADIENTS)[together:] if wide else ()),
+                *(alone if self._delta_takes(keep=False) else ()),
             ]
         if self.form.decay is Decay.VECTOR:
             kernels = {
@@ -149,15 +153,14 @@ class ScanWork:
         """Whether gradients are wanted, of the passes that kernels of their own make."""
         scans = self.form.erase is Erase.NONE and self.form.decay is not Decay.VECTOR
         wide = scans and piece_reads.takes(self.key_dim, self.value_dim, self.dtype)
-        return (True, False) if wide or self._delta_alone else (True,)
+        return (True, False) if wide or self._delta_takes(keep=False) else (True,)
 
-    @property
-    def _delta_alone(self) -> bool:
-        """Whether it is the delta rule, with kernels of its own where no gradient is wanted."""
+    def _delta_takes(self, *, keep: bool) -> bool:
+        """Whether it is the delta rule, and has a forward walk of its own where gradients are wanted (`keep`), or none are."""
         k, v = (
             torch.empty(1, 1, width, dtype=self.dtype, device=self.device) for width in (self.key_dim, self.value_dim)
         )
-        return self.form.erase is Erase.DELTA and delta_forward.takes(k, k, v)
+        return self.form.erase is Erase.DELTA and delta_forward.takes(k, k, v, keep)
 
     @property
     def _length(self) -> int:

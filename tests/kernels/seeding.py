@@ -19,6 +19,7 @@ from poison import poisoned_memory
 
 from linear_moe.kernels import (
     delta_walks,
+    gated_deltanet,
     gla_walks,
     library,
     piece_gradients,
@@ -30,8 +31,8 @@ in_the_interpreter = pytest.mark.skipif(
     DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
 )
 _numbers = itertools.count()
-LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks)
-"""Modules of kernels that others launch."""
+LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks, gated_deltanet)
+"""Modules of kernels that others launch, and of what launches some for others."""
 
 
 class Bug(NamedTuple):

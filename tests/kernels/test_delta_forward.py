@@ -38,9 +38,9 @@ every_dtype = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 SCALAR = DELTA_FORMS[-1]
 
 
-def always(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def always(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> bool:
     """In place of `delta_forward.takes`. Narrow keys come in float32."""
-    return DEVICE == "cpu" or k.dtype != torch.float32
+    return not keep and (DEVICE == "cpu" or k.dtype != torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_it_runs_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) ->
         (case, True, True),
     ):
         calls.clear()
-        monkeypatch.setattr(delta_forward, "takes", lambda q, k, v, taken=taken: taken)
+        monkeypatch.setattr(delta_forward, "takes", lambda q, k, v, keep, taken=taken: taken and not keep)
         results(kernels, given, draw(given))
         # Of its kind the first compiles what it will launch by a pass of its own.
         assert bool(calls) == ran

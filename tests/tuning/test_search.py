@@ -212,25 +212,29 @@ def test_a_dry_recording_launches_nothing_of_its_kernel_and_all_of_others() -> N
 FORMS = [Recurrence(Decay.HEAD), Recurrence(Decay.SCALAR, Erase.DELTA), Recurrence(Decay.VECTOR)]
 
 
-def use_ways(patch: pytest.MonkeyPatch, *, stored: bool) -> None:
+every_way = pytest.mark.parametrize("way", ["walked", "stored states", "described"])
+
+
+def use_ways(patch: pytest.MonkeyPatch, way: str) -> None:
     """Of heads that are wide, or neither wide nor narrow, whatever their size."""
+    stored, described = way != "walked", way != "stored states"
     patch.setattr(piece_reads, "takes", lambda key_dim, value_dim, dtype: stored)
-    patch.setattr(delta_forward, "takes", lambda q, k, v: not stored)
+    patch.setattr(delta_forward, "takes", lambda q, k, v, keep: described and (stored or not keep))
 
 
 # The other kernels run on what a dry one left undone.
 @in_the_interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("stored", [False, True], ids=["walked", "stored states"])
+@every_way
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_works_launch_by_their_entries(form: Recurrence, stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_launch_by_their_entries(form: Recurrence, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry of other arguments than a kernel asks with would be tuned in vain."""
-    use_ways(monkeypatch, stored=stored)
+    use_ways(monkeypatch, way)
     sizes = (form, 32, 48, torch.float32, CPU)
     works = (
         ScanWork(*sizes, tokens=8, heads=1, checked=(9, 0)),
         DecodeWork(*sizes, slots=2, heads=1),
-        *(ProjectionWork(most, *sizes[1:], heads=1) for most in decode_projections.LAUNCHES if not stored),
+        *(ProjectionWork(most, *sizes[1:], heads=1) for most in decode_projections.LAUNCHES if way == "walked"),
     )
     for work in works:
         for entry in work.entries():
@@ -255,16 +259,17 @@ def test_a_real_kernel_is_searched() -> None:
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("stored", [False, True], ids=["walked", "stored states"])
+@every_way
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_whole_chunks_are_checked_where_they_are_timed(
-    form: Recurrence, stored: bool, monkeypatch: pytest.MonkeyPatch
+    form: Recurrence, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_ways(monkeypatch, stored=stored)
+    use_ways(monkeypatch, way)
     work = ScanWork(form, 16, 16, torch.float32, CPU, tokens=512, heads=1, checked=(9, 0, 3))
     made, exact = work.check(), work.exact()
     assert made.keys() == exact.keys() and "output, in full" in made
-    assert ("output, in full, alone" in made) == (form is FORMS[0 if stored else 1])
+    alone = {"walked": FORMS[1:2], "stored states": FORMS[:1], "described": FORMS[:2]}
+    assert ("output, in full, alone" in made) == (form in alone[way])
     for name, x in exact.items():
         scale = float(x.abs().max()) + 1.0
         torch.testing.assert_close(made[name].double() / scale, x / scale, rtol=0, atol=1e-5)
