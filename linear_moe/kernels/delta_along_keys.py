@@ -6,7 +6,7 @@ A write of strength b leaves of what its key read before, S'^T k = v - r, and of
 
 with r what it finds wrong (`linear_moe.kernels.delta_walks`). Read from the state it is a sum over tokens of which, where keys
 are nearly parallel and little fades, the erases leave a small rest, while what 16 bits round of every r and of every pair adds
-up. So what reads of many tokens (the queries' gradient, and of heads wider than 128 the output) takes what is along the token's
+up. So what reads of many tokens (the queries' gradient, and an output that is read in pieces) takes what is along the token's
 own key from here. It is as exact as r, whose rounding is small beside what a strong write has left there, and may not be beside
 what weak writes have: without a strong one near, tokens keep their sums.
 
