@@ -8,15 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DELTA_FORMS, DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_drawn
-from scan_laws import Law, every_law
+from scan_laws import (
+    Law,
+    a_nan_stays_in_its_segment,
+    every_law,
+    memory_is_written_before_it_is_read,
+    spare_tokens_are_not_read,
+    splits_change_nothing,
+)
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import blocks, delta_walks, gated_deltanet, parallel_scan, piece_gradients, piece_reads
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str)
-# A form of each way through the kernels: what has no decay takes a part of what has one.
-some_forms = pytest.mark.parametrize("form", [SCALAR_FORMS[-1], DELTA_FORMS[-1]], ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES[:1] if DEVICE == "cpu" else DTYPES[1:], ids=str)
+OF_THE_DELTA_RULE = [
+    splits_change_nothing,
+    spare_tokens_are_not_read,
+    memory_is_written_before_it_is_read,
+    a_nan_stays_in_its_segment,
+]
+"""What is about how its kernels follow each other. The others hold of each: its walk in test_gated_deltanet.py, the reads here,
+and the gradients in test_delta_wide.py.
+"""
 
 
 def always(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
@@ -45,12 +60,17 @@ def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype
     check_drawn(form, dtype)
 
 
-@some_forms
 @every_law
-def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_holds(law: Law, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda" and dtype == torch.float32:
         pytest.skip("on a GPU float32 never comes here")
-    law(form, dtype, monkeypatch)
+    law(SCALAR_FORMS[-1], dtype, monkeypatch)
+
+
+@every_dtype
+@pytest.mark.parametrize("law", OF_THE_DELTA_RULE, ids=lambda law: law.__name__)
+def test_it_holds_of_the_delta_rule(law: Law, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    law(DELTA_FORMS[-1], dtype, monkeypatch)
 
 
 @every_form
