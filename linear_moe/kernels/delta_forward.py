@@ -349,6 +349,10 @@ def forward(
     device, exact, kind = v.device, k.dtype == torch.float32, DECAY_KINDS[decay]
     launch = TABLE.pick(device, decay.value, key_dim, value_dim, k.dtype)
     chunk, block = launch.chunk, block_of(key_dim)
+    constants = {
+        "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "DECAY": kind,
+        "IN_FULL": ragged.in_full(num_tokens, chunk),
+    }  # fmt: skip
     kept, decays = None, None
     makes_reads = block <= launch.paired_keys and not keep
     solved = k.new_empty(1 if makes_reads else 2, num_tokens, heads, chunk)
@@ -366,15 +370,10 @@ def forward(
         gates = gates_by_head(log_decay, beta, cuts.borders, chunk, exact=exact)
         assert gates.beta is not None
         decays, strengths = gates.sums, gates.beta
-    constants = {
-        "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "PIECE": piece, "DECAY": kind,
-        "IN_FULL": ragged.in_full(num_tokens, chunk),
-    }  # fmt: skip
-    if not keep:
         launch_kernel(
             solve_kernel, cuts.num_pieces * heads, None if makes_reads else q, k, decays, strengths, solved, None, None, None,
-            cuts.borders, cuts.borders.stride(0), num_tokens, scale, SHORT=chunk, LEVELS=chunk.bit_length() - 1, K_BLOCK=block,
-            PACKED=False, WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
+            cuts.borders, cuts.borders.stride(0), num_tokens, scale, PIECE=chunk, SHORT=chunk, LEVELS=chunk.bit_length() - 1,
+            K_BLOCK=block, PACKED=False, WEIGHTED=True, PRECISION=inverse_precision_of(k.dtype),
             num_warps=SOLVE_TABLE.pick(device, decay.value, key_dim, k.dtype).num_warps, num_stages=1, **constants,
         )  # fmt: skip
     erasure, reads = solved[0], None if makes_reads else solved[1]
@@ -390,11 +389,11 @@ def forward(
         tiles = cdiv(value_dim, tile) + (0 if transitions is None else cdiv(key_dim, tile))
         (queries, given), keys = ((None, None), launch.moved_keys) if output is None else ((q, reads), launch.keys)
         wrong, states = (None, None) if kept is None or output is None else (kept.wrong, kept.states)
+        begins, num_states, apart = (None, 0, chunk) if states is None else (splits.begins, len(states), piece)
         launch_kernel(
             delta_forward_kernel, walked.num_pieces * heads * tiles, queries, k, v, decays, strengths, erasure, given, output,
-            wrong, *starts.arguments(), ends, transitions, states, splits.begins, *walked.arguments(),
-            0 if states is None else len(states), num_tokens, scale, V=value_dim,
-            HALF=block if block <= keys else block // 2, TILE=tile, THREADS=32 * launch.num_warps,
+            wrong, *starts.arguments(), ends, transitions, states, begins, *walked.arguments(), num_states, num_tokens, scale,
+            V=value_dim, PIECE=apart, HALF=block if block <= keys else block // 2, TILE=tile, THREADS=32 * launch.num_warps,
             PRECISION=precision_of(k.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages, **constants,
         )  # fmt: skip
 

@@ -78,7 +78,7 @@ class ScanWork:
                     Entry(gated_deltanet.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                     for name, kernel in walks.items()
                 ),
-                *(self._reads("weighted", DELTA_GRADIENTS)[together:] if wide else ()),
+                *(self._reads("weighted", DELTA_GRADIENTS, in_the_walk=together) if wide else ()),
                 *(alone if self._delta_takes(keep=False) else ()),
             ]
         if self.form.decay is Decay.VECTOR:
@@ -113,16 +113,15 @@ class ScanWork:
             return scans
         return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]
 
-    def _reads(self, weighted: str, gradients: dict[str, Any]) -> list[Entry]:
-        decay, sizes, last = (
-            self.form.decay.value,
-            {"K": self.key_dim, "V": self.value_dim},
-            (self.key_dim, self.value_dim),
-        )
+    def _reads(self, weighted: str, gradients: dict[str, Any], *, in_the_walk: bool = False) -> list[Entry]:
+        """Of what reads from stored states: the output, unless the walk reads it, and the gradients."""
+        decay, K, V = self.form.decay.value, self.key_dim, self.value_dim
+        sizes = {"K": K, "V": V}
+        output = Entry(piece_reads.TABLE, (decay, weighted, K, V, self.dtype), piece_reads.reads_kernel, sizes)
         return [
-            Entry(piece_reads.TABLE, (decay, weighted, *last, self.dtype), piece_reads.reads_kernel, sizes),
+            *(() if in_the_walk else (output,)),
             *(
-                Entry(piece_gradients.TABLE, (name, decay, *last, self.dtype), kernel, sizes)
+                Entry(piece_gradients.TABLE, (name, decay, K, V, self.dtype), kernel, sizes)
                 for name, kernel in gradients.items()
             ),
         ]
