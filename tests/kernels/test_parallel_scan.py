@@ -11,6 +11,7 @@ from cases import DELTA_FORMS, DEVICE, DTYPES, SCALAR_FORMS, Case, check, check_
 from scan_laws import (
     Law,
     a_nan_stays_in_its_segment,
+    chunks_in_full_change_nothing,
     every_law,
     memory_is_written_before_it_is_read,
     spare_tokens_are_not_read,
@@ -25,12 +26,13 @@ every_form = pytest.mark.parametrize("form", SCALAR_FORMS + DELTA_FORMS, ids=str
 every_dtype = pytest.mark.parametrize("dtype", DTYPES[:1] if DEVICE == "cpu" else DTYPES[1:], ids=str)
 OF_THE_DELTA_RULE = [
     splits_change_nothing,
+    chunks_in_full_change_nothing,
     spare_tokens_are_not_read,
     memory_is_written_before_it_is_read,
     a_nan_stays_in_its_segment,
 ]
-"""What is about how its kernels follow each other. The others hold of each: its walk in test_gated_deltanet.py, the reads here,
-and the gradients in test_delta_wide.py.
+"""What is about masks and how its kernels follow each other. The others hold of each: its walk in test_gated_deltanet.py, the
+reads here, and the gradients in test_delta_wide.py.
 """
 
 
