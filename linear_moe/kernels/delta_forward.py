@@ -59,6 +59,7 @@ from linear_moe.kernels.blocks import (
     precision_of,
     rows_left,
     state_offsets,
+    store_rows,
     summed_decays,
     tile_of,
     walk_at,
@@ -146,6 +147,10 @@ SOLVE_TABLE = LaunchTable(
 """By the decay, K and the dtype."""
 
 
+ENDLESS = 2**30
+"""Tokens of a piece where no states are stored: a walk's loop over pieces is of one."""
+
+
 def takes(q: Tensor, k: Tensor, v: Tensor, keep: bool = False) -> bool:
     """Whether descriptors can describe what heads are in. Exact products have no use for them.
 
@@ -228,8 +233,6 @@ def delta_forward_kernel(
     if o_ptr is not None:
         qs = described_rows(q_ptr, start, size, k_head, K_HEADS, K, CHUNK, HALF)
         outputs = described_rows(o_ptr, start, size, head, HEADS, V, CHUNK, TILE)
-        if wrong_ptr is not None:
-            wrongs = described_rows(wrong_ptr, start, size, head, HEADS, V, CHUNK, TILE)
         if reads_ptr is not None:
             reads = described_rows(reads_ptr, start, size, head, HEADS, CHUNK, CHUNK, CHUNK)
     if states_ptr is not None:
@@ -247,74 +250,74 @@ def delta_forward_kernel(
         )
         if transitions_ptr is not None:
             high += (columns[:, None] == HALF + keys[None, :]).to(tl.float32)
-    for chunk in range(tl.cdiv(size, CHUNK)):
-        done = chunk * CHUNK
-        first = start + done
-        num_rows = rows_left(size, done, CHUNK, IN_FULL)
+    for begin in range(0, size, PIECE):
         if states_ptr is not None:
-            # Between two of them past the last, where nothing is stored: a branch would take its registers from the products.
-            place = tl.where(done % PIECE == 0, (begins + done // PIECE) * HEADS + head, num_states * HEADS)
-            # Both parts at once: a store waits for the one before.
+            # Both parts at once: a store waits for the one before. In the loop over chunks it would take the products' time.
             if IN_TWO:
                 before = tl.permute(tl.join(low.to(dtype), high.to(dtype)), (2, 1, 0))
             else:
                 before = tl.trans(low.to(dtype))
+            place = (begins + begin // PIECE) * HEADS + head
             states.store([place, 0, tile * TILE], tl.reshape(before, (1, KEYS, TILE)))
-        # One part after the other: but for its sums, only one part's rounded copy takes registers.
-        k_low = ks.load([done, 0])
-        rounded = low.to(dtype)
-        known = tl.dot(rounded, tl.trans(k_low), input_precision=PRECISION)
-        if o_ptr is not None:
-            q_low = qs.load([done, 0])
-            o = tl.dot(rounded, tl.trans(q_low), input_precision=PRECISION)
-        if IN_TWO:
-            k_high = ks.load([done, HALF])
-            rounded = high.to(dtype)
-            known = tl.dot(rounded, tl.trans(k_high), acc=known, input_precision=PRECISION)
+        for done in range(begin, begin + tl.minimum(size - begin, PIECE), CHUNK):
+            first = start + done
+            num_rows = rows_left(size, done, CHUNK, IN_FULL)
+            # One part after the other: but for its sums, only one part's rounded copy takes registers.
+            k_low = ks.load([done, 0])
+            rounded = low.to(dtype)
+            known = tl.dot(rounded, tl.trans(k_low), input_precision=PRECISION)
             if o_ptr is not None:
-                q_high = qs.load([done, HALF])
-                o = tl.dot(rounded, tl.trans(q_high), acc=o, input_precision=PRECISION)
-        beta = load_numbers(beta_ptr + head.to(tl.int64) * num_tokens + first, rows, rows < num_rows, THREADS)
-        if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY, THREADS)
-            fades = decay_of(summed)[None, :]
-            known *= fades
-        # Of tiles past the values there are none: zeros.
-        # What is erased of it is to be of the same numbers: of keys nearly parallel a small rest is left.
-        crossing = (tl.trans(vs.load([done, tile * TILE])).to(tl.float32) - known).to(dtype)
-        erasure = tl.trans(erasures.load([done, 0]))
-        wrong = tl.dot(crossing, erasure, acc=crossing.to(tl.float32), input_precision=PRECISION)
-        if o_ptr is not None:
-            if DECAY != NO_DECAY:
-                o *= fades
-            if reads_ptr is not None:
-                o = tl.dot(crossing, tl.trans(reads.load([done, 0])), acc=scale * o, input_precision=PRECISION)
-            else:
-                pairs = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
-                seen = rows[:, None] <= rows[None, :]
-                if DECAY != NO_DECAY:
-                    pairs *= decay_where(seen, summed[None, :], summed[:, None])
-                else:
-                    pairs = tl.where(seen, pairs, 0.0)
-                o = scale * _product_of_two(beta[None, :] * wrong, pairs, o, dtype, PRECISION)
-            outputs.store([done, tile * TILE], tl.trans(o.to(dtype)))
-        weights = beta
-        if DECAY != NO_DECAY:
-            to_end = decay_of(total)
-            low *= to_end
+                q_low = qs.load([done, 0])
+                o = tl.dot(rounded, tl.trans(q_low), input_precision=PRECISION)
             if IN_TWO:
-                high *= to_end
-            weights *= decay_between(total, summed)
-        written = (weights[None, :] * wrong).to(dtype)
-        # The next chunk begins with the first part while the other's product is on its way. Where nothing is read, that makes
-        # ptxas let every product wait for the one before; so there the other comes first.
-        if IN_TWO and o_ptr is None:
-            high = tl.dot(written, k_high, acc=high, input_precision=PRECISION)
-        low = tl.dot(written, k_low, acc=low, input_precision=PRECISION)
-        if IN_TWO and o_ptr is not None:
-            high = tl.dot(written, k_high, acc=high, input_precision=PRECISION)
-        if wrong_ptr is not None:
-            wrongs.store([done, tile * TILE], tl.trans(wrong.to(dtype)))
+                k_high = ks.load([done, HALF])
+                rounded = high.to(dtype)
+                known = tl.dot(rounded, tl.trans(k_high), acc=known, input_precision=PRECISION)
+                if o_ptr is not None:
+                    q_high = qs.load([done, HALF])
+                    o = tl.dot(rounded, tl.trans(q_high), acc=o, input_precision=PRECISION)
+            beta = load_numbers(beta_ptr + head.to(tl.int64) * num_tokens + first, rows, rows < num_rows, THREADS)
+            if DECAY != NO_DECAY:
+                summed, total = summed_decays(decay_ptr, 0.0, head, first, rows, num_rows, num_tokens, DECAY, THREADS)
+                fades = decay_of(summed)[None, :]
+                known *= fades
+            # Of tiles past the values there are none: zeros.
+            # What is erased of it is to be of the same numbers: of keys nearly parallel a small rest is left.
+            crossing = (tl.trans(vs.load([done, tile * TILE])).to(tl.float32) - known).to(dtype)
+            erasure = tl.trans(erasures.load([done, 0]))
+            wrong = tl.dot(crossing, erasure, acc=crossing.to(tl.float32), input_precision=PRECISION)
+            if o_ptr is not None:
+                if DECAY != NO_DECAY:
+                    o *= fades
+                if reads_ptr is not None:
+                    o = tl.dot(crossing, tl.trans(reads.load([done, 0])), acc=scale * o, input_precision=PRECISION)
+                else:
+                    pairs = tl.dot(k_low, tl.trans(q_low), input_precision=PRECISION)
+                    seen = rows[:, None] <= rows[None, :]
+                    if DECAY != NO_DECAY:
+                        pairs *= decay_where(seen, summed[None, :], summed[:, None])
+                    else:
+                        pairs = tl.where(seen, pairs, 0.0)
+                    o = scale * _product_of_two(beta[None, :] * wrong, pairs, o, dtype, PRECISION)
+                outputs.store([done, tile * TILE], tl.trans(o.to(dtype)))
+            if wrong_ptr is not None:
+                # A descriptor's store would wait for the output's.
+                store_rows(wrong_ptr, tl.trans(wrong), first, head, HEADS, V, rows, values, rows < num_rows)
+            weights = beta
+            if DECAY != NO_DECAY:
+                to_end = decay_of(total)
+                low *= to_end
+                if IN_TWO:
+                    high *= to_end
+                weights *= decay_between(total, summed)
+            written = (weights[None, :] * wrong).to(dtype)
+            # The next chunk begins with the first part while the other's product is on its way. Where nothing is read, that
+            # makes ptxas let every product wait for the one before; so there the other comes first.
+            if IN_TWO and o_ptr is None:
+                high = tl.dot(written, k_high, acc=high, input_precision=PRECISION)
+            low = tl.dot(written, k_low, acc=low, input_precision=PRECISION)
+            if IN_TWO and o_ptr is not None:
+                high = tl.dot(written, k_high, acc=high, input_precision=PRECISION)
     if final_ptr is not None:
         at = state_offsets(piece, head, HEADS, values, keys, V, K, True)
         inside = (values < V)[:, None]
@@ -389,7 +392,7 @@ def forward(
         tiles = cdiv(value_dim, tile) + (0 if transitions is None else cdiv(key_dim, tile))
         (queries, given), keys = ((None, None), launch.moved_keys) if output is None else ((q, reads), launch.keys)
         wrong, states = (None, None) if kept is None or output is None else (kept.wrong, kept.states)
-        begins, num_states, apart = (None, 0, chunk) if states is None else (splits.begins, len(states), piece)
+        begins, num_states, apart = (None, 0, ENDLESS) if states is None else (splits.begins, len(states), piece)
         launch_kernel(
             delta_forward_kernel, walked.num_pieces * heads * tiles, queries, k, v, decays, strengths, erasure, given, output,
             wrong, *starts.arguments(), ends, transitions, states, begins, *walked.arguments(), num_states, num_tokens, scale,

@@ -42,6 +42,6 @@ def described_rows(
 def described_states(ptr, count, K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
     """A descriptor of tiles `[1, KEYS, VALUES]` of `count` states `[K, V]`.
 
-    Outside a state, and past the last, it stores nothing.
+    Outside a state it stores nothing.
     """
     return tl.make_tensor_descriptor(ptr, shape=[count, K, V], strides=[K * V, V, 1], block_shape=[1, KEYS, VALUES])

@@ -254,7 +254,7 @@ BUGS = {
     **of_both(
         "what is erased stays",
         "wrong = tl.dot(crossing, erasure, acc=crossing.to(tl.float32)",
-        "wrong = crossing.to(tl.float32)\n        tl.dot(crossing, erasure",
+        "wrong = crossing.to(tl.float32) + 0 * tl.dot(crossing, erasure",
     ),
     **of_both("erasures not transposed", "tl.trans(erasures.load([done, 0]))", "erasures.load([done, 0])"),
     **of_both("what is known is added", "to(tl.float32) - known", "to(tl.float32) + known"),

@@ -162,10 +162,13 @@ def solve(case: Case, right: str, wrong: str) -> tuple[Case, Bug]:
 
 
 BUGS = {
-    "states of other chunks": walk(ONE_PART, "done % PIECE == 0", "done % PIECE == CHUNK"),
-    "all states in one place": walk(ONE_PART, "(begins + done // PIECE) * HEADS", "begins * HEADS"),
+    "a piece walked to its segment's end": walk(ONE_PART, "tl.minimum(size - begin, PIECE)", "(size - begin)"),
+    "a piece's last chunk left out": walk(
+        ONE_PART, "tl.minimum(size - begin, PIECE)", "tl.minimum(size - begin, PIECE - CHUNK)"
+    ),
+    "all states in one place": walk(ONE_PART, "(begins + begin // PIECE) * HEADS", "begins * HEADS"),
     "all heads' states in one place": walk(
-        HEADS, "(begins + done // PIECE) * HEADS + head", "(begins + done // PIECE) * HEADS"
+        HEADS, "(begins + begin // PIECE) * HEADS + head", "(begins + begin // PIECE) * HEADS"
     ),
     "all segments' states in one place": walk(
         ONE_PART, "begins = tl.load(first_piece_ptr + piece)", "begins = 0 * tl.load(first_piece_ptr)"
@@ -176,9 +179,11 @@ BUGS = {
     "a state's two parts the first": walk(
         NO_DECAY, "tl.join(low.to(dtype), high.to(dtype))", "tl.join(low.to(dtype), low.to(dtype))"
     ),
-    "what is wrong kept before the erases": walk(ONE_PART, "tl.trans(wrong.to(dtype))", "tl.trans(crossing)"),
-    "values wrong past the last kept": walk(
-        ONE_PART, "wrongs.store([done, tile * TILE]", "wrongs.store([done, tile * TILE + 8]"
+    "what is wrong kept before the erases": walk(
+        ONE_PART, "store_rows(wrong_ptr, tl.trans(wrong)", "store_rows(wrong_ptr, tl.trans(crossing)"
+    ),
+    "what is wrong kept in one head's place": walk(
+        HEADS, "tl.trans(wrong), first, head, HEADS", "tl.trans(wrong), first, 0 * head, HEADS"
     ),
     "decays of a piece taken for a chunk's": walk(
         ONE_PART, "chunk=chunk, exact=exact).inner", "chunk=chunk, exact=exact).sums"
