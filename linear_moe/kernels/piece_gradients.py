@@ -123,14 +123,14 @@ def _finish(
 @triton.jit
 def _known_along_key(
     do_ptr, v_ptr, wrong_ptr, k_ptr, beta, start, row, valid, head, k_head, scale, HEADS: tl.constexpr, K_HEADS: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """<dq, k> of every row, as `linear_moe.kernels.delta_along_keys` has it."""
     squares, of_values, of_wrong = (tl.zeros((row.shape[0],), tl.float32),) * 3
-    for first in range(0, K_BLOCK, SLICE):
+    for first in range(0, K, SLICE):
         k = load_rows(k_ptr, start, k_head, K_HEADS, K, row, first + tl.arange(0, SLICE), valid).to(tl.float32)
         squares += tl.sum(k * k, 1)
-    for first in range(0, V_BLOCK, SLICE):
+    for first in range(0, V, SLICE):
         values = first + tl.arange(0, SLICE)
         do = load_rows(do_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32)
         of_values += tl.sum(do * load_rows(v_ptr, start, head, HEADS, V, row, values, valid).to(tl.float32), 1)
@@ -396,8 +396,7 @@ def delta_reads_kernel(
         if DECAY == NO_DECAY:
             beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
             known = _known_along_key(
-                do_ptr, v_ptr, wrong_ptr, k_ptr, beta, start, row, valid, head, k_head, scale, HEADS, K_HEADS, K, V, K_BLOCK,
-                V_BLOCK, SLICE,
+                do_ptr, v_ptr, wrong_ptr, k_ptr, beta, start, row, valid, head, k_head, scale, HEADS, K_HEADS, K, V, SLICE,
             )  # fmt: skip
             tl.store(own_ptr + at, known, mask=valid)
         # A token's own pair crosses nothing.

@@ -277,7 +277,9 @@ def cases(draw: st.DrawFn, form: Recurrence, dtype: torch.dtype) -> Case:
     # Narrow keys are parallel keys, which the delta rules' tests have of their own: many writes meet in few numbers. Of 16 bits
     # they are computed with in float32.
     least = 1 if form.erase is Erase.NONE else library.NARROW_KEYS
-    keys = st.integers(least, most)
+    # Whole tiles are what most models have, and few of all numbers.
+    tiles = st.sampled_from([16, 32] if on_cpu else [64, 128, 192, 256])
+    keys = st.integers(least, most) | tiles
     if form.erase is Erase.DELTA and dtype != torch.float32:
         keys |= st.integers(1, least - 1)
     return Case(
@@ -286,7 +288,7 @@ def cases(draw: st.DrawFn, form: Recurrence, dtype: torch.dtype) -> Case:
         heads,
         key_heads,
         K=draw(keys),
-        V=draw(st.integers(least // 4 or 1, most)),
+        V=draw(st.integers(least // 4 or 1, most) | tiles),
         rate=draw(st.sampled_from([0.0, 0.05, 1.0, 13.8])),
         spare=spare,
         dense=spare == 0 and draw(st.booleans()),

@@ -25,7 +25,7 @@ from cases import (
     new_heads,
     results,
 )
-from scan_laws import LAWS, Law, widened
+from scan_laws import LAWS, Law, widened, widths_of_three_tiles_are_within_the_budget
 from seeding import Bug, assert_caught, in_the_interpreter
 from torch import Tensor
 
@@ -100,6 +100,11 @@ def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_it_holds(law: Law, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     law(SCALAR, dtype, monkeypatch)
+
+
+def test_widths_of_three_tiles_without_a_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose queries' gradient is put right along the key where it is made."""
+    widths_of_three_tiles_are_within_the_budget(DELTA_FORMS[0], HALF, monkeypatch)
 
 
 @every_form

@@ -291,6 +291,14 @@ BUGS = {
         replace(READ_APART, form=DELTA_FORMS[0]),
         Bug(piece_gradients, "(1.0 - beta * squares) * of_wrong", "of_wrong"),
     ),
+    "values past the last known along the key": (
+        replace(READ_APART, form=DELTA_FORMS[0], K=16, V=192),
+        Bug(piece_gradients, "range(0, V, SLICE)", "range(0, V + SLICE, SLICE)"),
+    ),
+    "keys past the last known along the key": (
+        replace(READ_APART, form=DELTA_FORMS[0], K=192),
+        Bug(piece_gradients, "range(0, K, SLICE)", "range(0, K + SLICE, SLICE)"),
+    ),
     "what an erase reads forgotten in the decay's gradient": (
         READ_APART,
         Bug(delta_along_keys, "from_wrong - from_values", "from_wrong"),
