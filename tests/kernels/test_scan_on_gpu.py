@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,6 @@ pytestmark = pytest.mark.gpu
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)
 WIDTHS = dict.fromkeys(SCALAR_FORMS, 256) | dict.fromkeys(DELTA_FORMS, 128)
 """K = V, by forms of whose forward pass without gradients a kernel of its own makes heads so wide."""
-PASSES = [(form, False) for form in FORMS] + [(form, True) for form in WIDTHS]
-every_pass = pytest.mark.parametrize(
-    ("form", "alone"), PASSES, ids=[f"{form}, {'forward alone' if alone else 'both'}" for form, alone in PASSES]
-)
 FAMILIES = {"scalar_scan": SCALAR_FORMS[-1], "gated_deltanet": DELTA_FORMS[-1], "gla": VECTOR_FORMS[-1]}
 every_family = pytest.mark.parametrize("form", FAMILIES.values(), ids=FAMILIES)
 
@@ -34,6 +31,19 @@ def bfloat16(form: Recurrence, lengths: tuple[int, ...], **changes: object) -> C
 def without_gradients(case: Case) -> Case:
     """The same of heads that are walked in another way where no gradient is wanted."""
     return replace(case, K=WIDTHS[case.form], V=WIDTHS[case.form], learns=False)
+
+
+def wide(case: Case) -> Case:
+    """The same of heads whose states are stored of pieces."""
+    return replace(case, K=256, V=256)
+
+
+def as_it_is(case: Case) -> Case:
+    return case
+
+
+PASSES = [(form, as_it_is) for form in FORMS] + [(form, of) for of in (wide, without_gradients) for form in WIDTHS]
+every_pass = pytest.mark.parametrize(("form", "of"), PASSES, ids=[f"{form}, {of.__name__}" for form, of in PASSES])
 
 
 def part(case: Case, inputs: dict[str, Tensor], segments: int) -> tuple[Case, dict[str, Tensor]]:
@@ -75,9 +85,8 @@ def test_many_segments_without_gradients(form: Recurrence) -> None:
 
 
 @every_pass
-def test_a_million_tokens_of_one_segment(form: Recurrence, alone: bool) -> None:
-    case, head = bfloat16(form, (1_000_000,)), 1000
-    case = without_gradients(case) if alone else case
+def test_a_million_tokens_of_one_segment(form: Recurrence, of: Callable[[Case], Case]) -> None:
+    case, head = of(bfloat16(form, (1_000_000,))), 1000
     inputs = draw(case)
     made = results(kernels, case, inputs)
     for name, x in made.items():
@@ -132,15 +141,14 @@ def test_tensors_past_the_int32_offsets(form: Recurrence, K: int, V: int, monkey
     assert_same_bits(run(inputs, d_output, count), alone)
 
 
-def long_and_short(form: Recurrence, alone: bool) -> Case:
+def long_and_short(form: Recurrence, of: Callable[[Case], Case]) -> Case:
     """Both ways of a walk: a segment that is split, and some that are not."""
-    case = bfloat16(form, (3000, 0, 70, 1), heads=2, spare=3)
-    return without_gradients(case) if alone else case
+    return of(bfloat16(form, (3000, 0, 70, 1), heads=2, spare=3))
 
 
 @every_pass
-def test_a_hundred_times_the_same_bits(form: Recurrence, alone: bool) -> None:
-    case = long_and_short(form, alone)
+def test_a_hundred_times_the_same_bits(form: Recurrence, of: Callable[[Case], Case]) -> None:
+    case = long_and_short(form, of)
     inputs = draw(case)
     once = results(kernels, case, inputs)
     for _ in range(100):
@@ -174,9 +182,9 @@ class _Captured:
 
 
 @every_pass
-def test_nothing_waits_for_the_gpu(form: Recurrence, alone: bool) -> None:
+def test_nothing_waits_for_the_gpu(form: Recurrence, of: Callable[[Case], Case]) -> None:
     dense = bfloat16(form, (70, 9), dense=True)
-    for case in (long_and_short(form, alone), without_gradients(dense) if alone else dense):
+    for case in (long_and_short(form, of), of(dense)):
         passes = _Captured(case, draw(case))
         passes.run()
         torch.cuda.synchronize()
@@ -189,9 +197,9 @@ def test_nothing_waits_for_the_gpu(form: Recurrence, alone: bool) -> None:
 
 
 @every_pass
-def test_a_captured_graph_gives_the_same_numbers(form: Recurrence, alone: bool) -> None:
+def test_a_captured_graph_gives_the_same_numbers(form: Recurrence, of: Callable[[Case], Case]) -> None:
     """On new inputs too: other numbers and other lengths, where the old ones stood."""
-    case = long_and_short(form, alone)
+    case = long_and_short(form, of)
     passes = _Captured(case, draw(case))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
