@@ -83,7 +83,7 @@ def divides(part, whole):
 
 @triton.jit
 def rows_mask(valid, columns, WIDTH: tl.constexpr):
-    """Of a tile `[rows, columns]`."""
+    """Of a tile `[rows, columns]` whose first column is inside WIDTH."""
     if divides(columns.shape[0], WIDTH):
         mask = valid[:, None]
     else:

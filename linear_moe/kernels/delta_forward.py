@@ -237,7 +237,7 @@ def delta_forward_kernel(
             reads = described_rows(reads_ptr, start, size, head, HEADS, CHUNK, CHUNK, CHUNK)
     if states_ptr is not None:
         states = described_states(states_ptr, num_states * HEADS, K, V, KEYS, TILE)
-        begins = tl.load(first_piece_ptr + piece).to(tl.int32)
+        first_place = tl.load(first_piece_ptr + piece).to(tl.int32)
     low = load_start(initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, values, keys, V, K, True, False)
     if transitions_ptr is not None:
         columns = values - VALUE_TILES * TILE
@@ -257,7 +257,7 @@ def delta_forward_kernel(
                 before = tl.permute(tl.join(low.to(dtype), high.to(dtype)), (2, 1, 0))
             else:
                 before = tl.trans(low.to(dtype))
-            place = (begins + begin // PIECE) * HEADS + head
+            place = (first_place + begin // PIECE) * HEADS + head
             states.store([place, 0, tile * TILE], tl.reshape(before, (1, KEYS, TILE)))
         for done in range(begin, begin + tl.minimum(size - begin, PIECE), CHUNK):
             first = start + done
@@ -356,7 +356,7 @@ def forward(
         "HEADS": heads, "K_HEADS": key_heads, "K": key_dim, "CHUNK": chunk, "DECAY": kind,
         "IN_FULL": ragged.in_full(num_tokens, chunk),
     }  # fmt: skip
-    kept, decays = None, None
+    kept, decays, piece = None, None, ENDLESS
     makes_reads = block <= launch.paired_keys and not keep
     solved = k.new_empty(1 if makes_reads else 2, num_tokens, heads, chunk)
     if keep:
@@ -368,7 +368,6 @@ def forward(
         if log_decay is not None:
             decays = gates_by_head(log_decay, None, cuts.borders, piece, chunk=chunk, exact=exact).inner
     else:
-        piece = chunk
         cuts, splits = ragged.cut_twice(num_tokens, chunk, piece_length(k, v, ragged))
         gates = gates_by_head(log_decay, beta, cuts.borders, chunk, exact=exact)
         assert gates.beta is not None

@@ -170,8 +170,8 @@ def chunks_in_full_change_nothing(form: Recurrence, dtype: torch.dtype, patch: P
 def widths_of_three_tiles_are_within_the_budget(form: Recurrence, dtype: torch.dtype, patch: Patch) -> None:
     """Whole tiles need no mask, but the fourth of their block is past the width."""
     width = 96 if dtype == torch.float32 else 192
+    case = widened(Case(form, (20, 3), 2, 1, rate=0.1, spare=2, dtype=dtype))
     for K, V in ((width, 16), (16, width)):
-        case = widened(Case(form, (20, 3), 2, 1, rate=0.1, spare=2, dtype=dtype))
         with poisoned_memory():
             check(replace(case, K=K, V=V))
 

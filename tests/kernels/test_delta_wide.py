@@ -171,12 +171,12 @@ BUGS = {
     "a piece's last chunk left out": walk(
         ONE_PART, "tl.minimum(size - begin, PIECE)", "tl.minimum(size - begin, PIECE - CHUNK)"
     ),
-    "all states in one place": walk(ONE_PART, "(begins + begin // PIECE) * HEADS", "begins * HEADS"),
+    "all states in one place": walk(ONE_PART, "(first_place + begin // PIECE) * HEADS", "first_place * HEADS"),
     "all heads' states in one place": walk(
-        HEADS, "(begins + begin // PIECE) * HEADS + head", "(begins + begin // PIECE) * HEADS"
+        HEADS, "(first_place + begin // PIECE) * HEADS + head", "(first_place + begin // PIECE) * HEADS"
     ),
     "all segments' states in one place": walk(
-        ONE_PART, "begins = tl.load(first_piece_ptr + piece)", "begins = 0 * tl.load(first_piece_ptr)"
+        ONE_PART, "first_place = tl.load(first_piece_ptr + piece)", "first_place = 0 * tl.load(first_piece_ptr)"
     ),
     "a state's parts exchanged": walk(
         IN_TWO, "tl.join(low.to(dtype), high.to(dtype))", "tl.join(high.to(dtype), low.to(dtype))"
