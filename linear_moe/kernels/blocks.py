@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,9 @@ DECAY_NAMES = tuple(decay.value for decay in DECAY_KINDS)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 """Kernels have sums of log decays to base 2: of a power of 2 an H100 makes one instruction, of e five."""
+
+Direction = Literal["forwards", "backwards"]
+"""In time."""
 
 ROWS_BLOCK = 64
 COLUMNS_BLOCK = 512
@@ -256,6 +259,15 @@ def decay_where(seen, later, earlier):
 
 
 @triton.jit
+def store_factors(ptr, token, left, mask):
+    """Of tokens that are a decay away from where a chunk is seen from, whose log to base 2 is `left`: the decay of what they
+    write, and its inverse, of what they read. Inverses of decays that are too strong for any walk to use them are finite.
+    """
+    tl.store(ptr + 2 * token, decay_of(left), mask=mask)
+    tl.store(ptr + 2 * token + 1, decay_of(tl.minimum(-left, 126.0)), mask=mask)
+
+
+@triton.jit
 def sigmoids(z):
     """Of z and of -z, without an exponential that could overflow."""
     fading = tl.exp(-tl.abs(z))
@@ -309,8 +321,8 @@ def zero_uncovered(tensor: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @triton.jit
 def _by_head_kernel(
-    decay_ptr, beta_ptr, sums_ptr, inner_ptr, by_head_ptr, borders_ptr, num_tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    PIECE: tl.constexpr, CHUNK: tl.constexpr,
+    decay_ptr, beta_ptr, sums_ptr, inner_ptr, by_head_ptr, factors_ptr, borders_ptr, num_tokens, HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """A null pointer leaves its part out."""
     piece = tl.program_id(0).to(tl.int64)
@@ -327,9 +339,16 @@ def _by_head_kernel(
         if decay_ptr is not None:
             each = to_base_2(tl.load(decay_ptr + by_token, mask=mask, other=0.0).to(sums_ptr.dtype.element_ty))
             tl.store(sums_ptr + by_head, tl.cumsum(each, 0), mask=mask)
-            if inner_ptr is not None:
-                inner = tl.cumsum(tl.reshape(each, (PIECE // CHUNK, CHUNK, BLOCK)), 1)
-                tl.store(inner_ptr + by_head, tl.reshape(inner, (PIECE, BLOCK)), mask=mask)
+            if (inner_ptr is not None) or (factors_ptr is not None):
+                chunks = tl.reshape(each, (PIECE // CHUNK, CHUNK, BLOCK))
+                inner = tl.cumsum(chunks, 1)
+                if inner_ptr is not None:
+                    tl.store(inner_ptr + by_head, tl.reshape(inner, (PIECE, BLOCK)), mask=mask)
+                if factors_ptr is not None:
+                    left = inner
+                    if not REVERSE:
+                        left = tl.sum(chunks, 1)[:, None, :] - inner
+                    store_factors(factors_ptr, by_head, tl.reshape(left, (PIECE, BLOCK)), mask)
 
 
 class GatesByHead(NamedTuple):
@@ -341,15 +360,18 @@ class GatesByHead(NamedTuple):
     """The same along every chunk."""
     beta: Tensor | None
     """float32"""
+    factors: Tensor | None
+    """`[H, S, 2]` float32: of what a token writes in a chunk, and of what it reads (`linear_moe.kernels.turned_scan`)."""
 
 
 def gates_by_head(
-    log_decay: Tensor | None, beta: Tensor | None, borders: Tensor, piece: int, *, chunk: int | None = None, exact: bool
-) -> GatesByHead:
+    log_decay: Tensor | None, beta: Tensor | None, borders: Tensor, piece: int, *, chunk: int | None = None, exact: bool,
+    factors: Direction | None = None,
+) -> GatesByHead:  # fmt: skip
     """Scalar log decays `[S, H]` summed, and strengths `[S, H]` of any dtype turned, in one pass; what is given.
 
     A difference of sums is a small number made of large ones: `exact` results need it in float64. `borders` are those of the
-    pieces, of `piece` tokens, which is a multiple of `chunk`.
+    pieces, of `piece` tokens, which is a multiple of `chunk`. `factors`: of walks in which direction they are wanted.
     """
     given = log_decay if beta is None else beta
     assert given is not None
@@ -359,7 +381,10 @@ def gates_by_head(
     sums = None if log_decay is None else log_decay.new_empty(heads, num_tokens, dtype=wide)
     inner = None if sums is None or chunk is None else torch.empty_like(sums)
     turned = None if beta is None else beta.new_empty(heads, num_tokens, dtype=torch.float32)
-    made = GatesByHead(sums, inner, turned)
+    scaled = None
+    if factors is not None:
+        scaled = torch.empty(heads, num_tokens, 2, dtype=torch.float32, device=given.device)
+    made = GatesByHead(sums, inner, turned, scaled)
     launch_kernel(
         _by_head_kernel,
         borders.shape[0],
@@ -372,6 +397,7 @@ def gates_by_head(
         BLOCK=min(1 << (heads - 1).bit_length(), 16),
         PIECE=piece,
         CHUNK=chunk or piece,
+        REVERSE=factors == "backwards",
     )
     return made
 

@@ -25,6 +25,7 @@ from linear_moe.kernels.blocks import (
     DECAY_NAMES,
     LOG2E,
     NO_DECAY,
+    Direction,
     cdiv,
     decay_between,
     decay_of,
@@ -197,6 +198,8 @@ class Plan(NamedTuple):
     """Of the first step: segments, or what long ones are cut into."""
     inner: Tensor | None
     """`[H, S]` the sums of scalar log decays from each chunk's start, where they are wanted."""
+    factors: Tensor | None
+    """`[H, S, 2]` of scalar decays, as `gates_by_head` makes them, where they are wanted."""
 
 
 def walk_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
@@ -219,18 +222,25 @@ def piece_length(k: Tensor) -> int:
 
 
 def plan_of(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged, *, chunk: int | None = None
-) -> Plan:
-    """Pieces, whose log decays are summed up, along chunks too if they have a length, and walks."""
+    k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged, *, chunk: int | None = None,
+    factors: Direction | None = None,
+) -> Plan:  # fmt: skip
+    """Pieces, whose log decays are summed up, along chunks too if they have a length, and walks.
+
+    `factors`: of walks in which direction they are wanted, if of any.
+    """
     num_tokens = v.shape[0]
     piece = piece_length(k)
     pieces, walks = ragged.cut_twice(num_tokens, piece, walk_length(k, v, ragged))
-    inner = None
+    inner = made = None
     if decay is Decay.SCALAR:
-        exact = k.dtype == torch.float32
-        log_decay, inner, _ = gates_by_head(log_decay, None, pieces.borders, piece, chunk=chunk, exact=exact)
+        gates = gates_by_head(
+            log_decay, None, pieces.borders, piece, chunk=chunk, exact=k.dtype == torch.float32,
+            factors=factors,
+        )  # fmt: skip
+        log_decay, inner, made = gates.sums, gates.inner, gates.factors
     in_full = ragged.in_full(num_tokens, piece)
-    return Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks, inner)
+    return Plan(Pieces(pieces, DECAY_KINDS[decay], log_decay, v.shape[1], in_full), walks, inner, made)
 
 
 def _run_states(

@@ -22,16 +22,27 @@ from linear_moe.kernels import (
     gated_deltanet,
     gla_walks,
     library,
+    parallel_scan,
     piece_gradients,
     piece_reads,
     scalar_walks,
+    turned_scan,
 )
 
 in_the_interpreter = pytest.mark.skipif(
     DEVICE == "cuda", reason="a wild store would end the process; seeded bugs run in the interpreter"
 )
 _numbers = itertools.count()
-LAUNCHED = (delta_walks, gla_walks, piece_reads, piece_gradients, scalar_walks, gated_deltanet)
+LAUNCHED = (
+    delta_walks,
+    gla_walks,
+    piece_reads,
+    piece_gradients,
+    scalar_walks,
+    turned_scan,
+    parallel_scan,
+    gated_deltanet,
+)
 """Modules of kernels that others launch, and of what launches some for others."""
 
 

@@ -26,7 +26,7 @@ from scan_laws import LAWS, Law, either_result_alone, long_enough_to_split
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Recurrence
-from linear_moe.kernels import descriptors, library, parallel_scan, piece_reads, wide_scan
+from linear_moe.kernels import blocks, descriptors, library, parallel_scan, piece_reads, turned_scan, wide_scan
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS, ids=str)
 GPU_DTYPES = DTYPES if DEVICE == "cpu" else DTYPES[1:]
@@ -43,6 +43,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size."""
     monkeypatch.setattr(piece_reads, "takes", always)
     monkeypatch.setattr(scan_laws, "widened", described)
+    monkeypatch.setattr(turned_scan, "MOST_KEYS", 16)
 
 
 def test_what_a_descriptor_can_describe_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +164,7 @@ CONSTANT = replace(MILD, form=Recurrence(Decay.HEAD), rate=0.1)
 STRONG = replace(MILD, rate=40.0)
 # What mild decays do in the other loop, which float16 takes always.
 PAIRS = replace(MILD, dtype=torch.float16)
+HALVES = replace(MILD, K=136)
 HEADS = replace(MILD, lengths=(3, 20, 2, 3), heads=4, key_heads=2)
 CUT = replace(MILD, lengths=(2, 250), rate=0.05)
 # So long together that they might be cut, and are walked the longest first.
@@ -173,6 +175,7 @@ CLEAN = {
     "constant": CONSTANT,
     "strong": STRONG,
     "pairs": PAIRS,
+    "halves": HALVES,
     "heads": HEADS,
     "cut": CUT,
     "ordered": ORDERED,
@@ -185,63 +188,97 @@ EVERY_COLUMN = (
 )
 MASK = "pairs = tl.where(seen, pairs, 0.0)"
 BUGS = {
-    "a causal mask dropped": (MILD, Bug(wide_scan, MASK, "pass")),
-    "a causal mask without a decay dropped": (NO_DECAY, Bug(wide_scan, MASK, "pass")),
+    "a causal mask dropped": (MILD, Bug(turned_scan, MASK, "pass")),
+    "a causal mask without a decay dropped": (NO_DECAY, Bug(turned_scan, MASK, "pass")),
     "a causal mask of pairs dropped": (
         PAIRS,
-        Bug(wide_scan, "decay_where(seen, summed[None, :]", "decay_between(summed[None, :]"),
+        Bug(turned_scan, "decay_where(seen, summed[None, :]", "decay_between(summed[None, :]"),
     ),
-    "the state's carry forgotten": (MILD, Bug(wide_scan, "decay_of(carry + middle)", "decay_of(middle)")),
-    "a middle that is half a chunk late for the carry": (
+    "mild states do not fade": (
         MILD,
-        Bug(wide_scan, "carry = total - middle", "carry = total - total"),
+        Bug(turned_scan, "fades = decay_of(total)\n                low", "fades = 1.0\n                low"),
     ),
-    "a middle that is one token late for what is read": (
-        CONSTANT,
-        Bug(wide_scan, "decay_of(summed - middle)", "decay_of(summed - middle - rate)"),
+    "factors of what is written forgotten in pairs": (MILD, Bug(turned_scan, "pairs *= written[:, None]", "pass")),
+    "factors of what is written forgotten in the state": (
+        MILD,
+        Bug(turned_scan, "(v.to(tl.float32) * writes[None, :])", "v"),
     ),
+    "factors of what is read forgotten": (MILD, Bug(turned_scan, "(scale * reads)[None, :]", "scale")),
+    "factors of what is read and written swapped": (
+        MILD,
+        Bug(turned_scan, "writes, reads = tl.split", "reads, writes = tl.split"),
+    ),
+    "factors one token late": (
+        MILD,
+        Bug(turned_scan, "tl.minimum(each // 2, num_rows - 1)", "tl.minimum(each // 2 + 1, num_rows - 1)"),
+    ),
+    "factors of what is written one token late": (
+        MILD,
+        Bug(turned_scan, "2 * row, None", "2 * tl.minimum(row + 1, num_rows - 1), None"),
+    ),
+    "factors seen from a piece's end": (
+        MILD,
+        Bug(blocks, "tl.sum(chunks, 1)[:, None, :]", "tl.sum(tl.sum(chunks, 1), 0)[None, None, :]"),
+    ),
+    "factors seen from the start": (MILD, Bug(blocks, "if not REVERSE:", "if REVERSE:")),
     "a constant decay off by one position": (
         CONSTANT,
-        Bug(wide_scan, "torch.arange(1, count + 1", "torch.arange(count"),
+        Bug(turned_scan, "CHUNK - 1 - rows", "CHUNK - rows"),
     ),
-    "a constant decay of a whole chunk where it ends": (CONSTANT, Bug(wide_scan, "rate * num_rows", "rate * CHUNK")),
-    "half of the keys forgotten in pairs": (MILD, Bug(wide_scan, "tl.dot(k_high, tl", "tl.dot(0 * k_high, tl")),
-    "half of the keys forgotten in what is read": (MILD, Bug(wide_scan, "high.to(v.dtype)", "(0 * high).to(v.dtype)")),
-    "half of the keys not written": (MILD, Bug(wide_scan, "(written, k_high,", "(0 * written, k_high,")),
+    "a strong constant decay off by one position": (
+        replace(CONSTANT, dtype=torch.float16),
+        Bug(turned_scan, "torch.arange(1, count + 1", "torch.arange(count"),
+    ),
+    "a constant decay of a whole chunk where it ends": (
+        CONSTANT,
+        Bug(turned_scan, "tl.minimum(size - end * CHUNK, 0)", "0"),
+    ),
+    "a strong constant decay of a whole chunk where it ends": (
+        replace(CONSTANT, dtype=torch.float16),
+        Bug(turned_scan, "total = rate * num_rows\n", "total = rate * rows.shape[0]\n"),
+    ),
+    "half of the keys forgotten in pairs": (HALVES, Bug(turned_scan, "tl.dot(k_high, tl", "tl.dot(0 * k_high, tl")),
+    "half of the keys forgotten in what is read": (
+        HALVES,
+        Bug(turned_scan, "high.to(v.dtype)", "(0 * high).to(v.dtype)"),
+    ),
+    "half of the keys not written": (HALVES, Bug(turned_scan, "tl.dot(v, k_high,", "tl.dot(0 * v, k_high,")),
     "half of the keys starts as the other": (
-        MILD,
-        Bug(wide_scan, "HALF + keys, V, K, True, False", "keys, V, K, True, False"),
+        HALVES,
+        Bug(turned_scan, "KEYS + keys, V, K, TURNED, REVERSE", "keys, V, K, TURNED, REVERSE"),
     ),
-    "half of the keys ends where the other does": (MILD, Bug(wide_scan, "at + HALF * V", "at")),
-    "a start lost": (MILD, Bug(wide_scan, "*starts.arguments(),", "None, None, None, None,")),
+    "half of the keys ends where the other does": (
+        HALVES,
+        Bug(turned_scan, "KEYS + keys, V, K, TURNED)", "keys, V, K, TURNED)"),
+    ),
+    "a start lost": (MILD, Bug(turned_scan, "*starts.arguments(),", "None, None, None, None,")),
     "what a cut piece starts from lost": (
         CUT,
-        Bug(wide_scan, "*starts.arguments(),", "starts.initial, None, None, None,"),
-    ),
-    # Of a chunk that ends before its middle there is none.
-    "a final state without its carry": (
-        replace(MILD, lengths=(79, 3)),
-        Bug(wide_scan, "        low *= decay_of(carry)\n        high *= decay_of(carry)", "        pass"),
+        Bug(turned_scan, "*starts.arguments(),", "starts.initial, None, None, None,"),
     ),
     "a final state of pairs that does not fade": (
         PAIRS,
-        Bug(wide_scan, "fades = decay_of(total)", "fades = 1.0"),
+        Bug(turned_scan, "fades = decay_of(total)\n            low", "fades = 1.0\n            low"),
     ),
-    "what pairs read of the state does not fade": (PAIRS, Bug(wide_scan, "o *= decay_of(summed)[None, :]", "pass")),
+    "what pairs read of the state does not fade": (PAIRS, Bug(turned_scan, "o *= before[None, :]", "pass")),
     "sums from the piece's start": (MILD, Bug(wide_scan, "plan.inner if decay is", "plan.pieces.decays if decay is")),
     "a write of pairs that does not fade": (
         PAIRS,
-        Bug(wide_scan, "decay_between(total, summed)", "decay_of(0 * summed)"),
+        Bug(turned_scan, "(v.to(tl.float32) * after[None, :])", "v"),
     ),
-    "rows past the end stored": (ORDERED, Bug(wide_scan, STORE, STORE.replace("num_rows", "num_rows + 2"))),
-    "values past the last stored": (MILD, Bug(wide_scan, STORE, EVERY_COLUMN)),
+    "rows past the end stored": (ORDERED, Bug(turned_scan, STORE, STORE.replace("num_rows", "num_rows + 2"))),
+    "values past the last stored": (MILD, Bug(turned_scan, STORE, EVERY_COLUMN)),
     "what comes after a piece read": (MILD, Bug(descriptors, "tl.maximum(size, 1)", "size + 5")),
-    "strong decays taken for mild ones": (STRONG, Bug(wide_scan, ">= -LIMIT", "< -LIMIT")),
-    "all decays taken for mild ones": (STRONG, Bug(wide_scan, ">= -LIMIT", ">= -1e9")),
-    "float16 given no room": (replace(PAIRS, rate=0.75), Bug(wide_scan, "k.dtype != torch.float16", "True")),
-    "heads taken in turn": (HEADS, Bug(wide_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
+    "strong decays taken for mild ones": (STRONG, Bug(turned_scan, ">= -LIMIT", "< -LIMIT")),
+    "all decays taken for mild ones": (STRONG, Bug(turned_scan, ">= -LIMIT", ">= -1e9")),
+    "float16 given no room": (replace(PAIRS, rate=0.75), Bug(turned_scan, "dtype != torch.float16", "True")),
+    "key heads taken in turn": (HEADS, Bug(turned_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
+    "query heads taken in turn": (HEADS, Bug(turned_scan, "head // (HEADS // Q_HEADS)", "head % Q_HEADS")),
     "a split's carry lost": (CUT, Bug(parallel_scan, "joined, _ = join(", "_, joined = join(")),
-    "a start not transposed": (MILD, Bug(wide_scan, "values, keys, V, K, True,", "values, keys, V, K, False,")),
+    "a start not transposed": (
+        MILD,
+        Bug(turned_scan, "TURNED: tl.constexpr = not TRANSPOSED_STATE", "TURNED: tl.constexpr = TRANSPOSED_STATE"),
+    ),
 }
 
 
