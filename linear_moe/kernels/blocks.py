@@ -224,7 +224,7 @@ def summed_decays(
 ):
     """Sums of the log decays, to base 2, up to each row of a chunk, and over its `num_rows` rows.
 
-    `decay_ptr` holds them as `chunk_sums` makes them; a constant decay a head is `rate` a row. THREADS as in `load_numbers`.
+    `decay_ptr` holds them as `gates_by_head` makes them; a constant decay a head is `rate` a row. THREADS as in `load_numbers`.
     """
     if DECAY == HEAD_DECAY:
         summed = rate * (rows + 1)
@@ -400,13 +400,6 @@ def gates_by_head(
         REVERSE=factors == "backwards",
     )
     return made
-
-
-def chunk_sums(log_decay: Tensor, borders: Tensor, chunk: int, exact: bool) -> Tensor:
-    """`gates_by_head` of log decays alone: their sums along every chunk."""
-    sums = gates_by_head(log_decay, None, borders, chunk, exact=exact).sums
-    assert sums is not None
-    return sums
 
 
 class SumLaunch(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay
 from linear_moe.kernels import piece_reads
-from linear_moe.kernels.blocks import new_states, zero_uncovered
+from linear_moe.kernels.blocks import Direction, new_states, zero_uncovered
 from linear_moe.kernels.descriptors import describable
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.parallel_scan import plan_of, starts_of
@@ -65,7 +65,7 @@ def forward(
 ) -> Forward:
     """As `linear_moe.kernels.parallel_scan.forward`, without `starts`."""
     launch = TABLE.pick(v.device, decay.value, k.shape[2], v.shape[2], k.dtype)
-    factors = "forwards" if wants_factors(k.dtype) else None
+    factors: Direction | None = "forwards" if wants_factors(k.dtype) else None
     plan = plan_of(k, v, log_decay, decay, ragged, chunk=launch.chunk, factors=factors)
     starts = starts_of(plan, k, v, initial_state)
     ends = new_states(plan.walks.num_pieces, k, v) if want_final else None

@@ -23,8 +23,10 @@ from linear_moe.kernels import (
     piece_reads,
     scalar_scan,
     scalar_walks,
+    turned_scan,
     wide_scan,
 )
+from linear_moe.kernels.blocks import DECAY_KINDS
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
 from linear_moe.tuning.search import Entry
@@ -91,7 +93,7 @@ class ScanWork:
             return [Entry(gla.TABLE, (name, K, V, self.dtype), *launched) for name, launched in kernels.items()]
         if wide:
             states = Entry(parallel_scan.TABLE, (decay, K, V, self.dtype), parallel_scan.states_kernel, sizes)
-            whole = Entry(wide_scan.TABLE, (decay, K, V, self.dtype), wide_scan.wide_scan_kernel, sizes)
+            whole = Entry(wide_scan.TABLE, (decay, K, V, self.dtype), turned_scan.turned_scan_kernel, sizes)
             return [states, *self._reads("plain", {"scan": piece_gradients.scan_gradients_kernel}), whole]
         together = scalar_scan.writes_together(K, V, self.dtype)
         with_decay = self.form.decay is Decay.SCALAR
@@ -100,15 +102,17 @@ class ScanWork:
         ways = [(False, False, K, V), (with_decay, False, V, K)]
         if not together:
             ways += [(False, True, V, K), (with_decay, True, K, V)]
-        scans = [
-            Entry(
-                scalar_scan.TABLE,
-                (scalar_scan.walk_name(overlap=overlap, reverse=reverse), decay, keys, values, self.dtype),
-                scalar_walks.scan_kernel,
-                {"K": keys, "V": values, "REVERSE": reverse, "OTHER_HEADS": self.heads if overlap else 0},
-            )
-            for overlap, reverse, keys, values in dict.fromkeys(ways)
-        ]
+        turned = scalar_scan.turns(DECAY_KINDS[self.form.decay], K, V, self.dtype)
+        scans = []
+        for overlap, reverse, keys, values in dict.fromkeys(ways):
+            name = scalar_scan.walk_name(overlap=overlap, reverse=reverse, turned=turned)
+            walked: dict[str, Any] = {"K": keys, "V": values, "REVERSE": reverse}
+            if turned and not overlap:
+                kernel: Any = turned_scan.turned_scan_kernel
+            else:
+                kernel = scalar_walks.scan_kernel
+                walked["OTHER_HEADS"] = self.heads if overlap else 0
+            scans.append(Entry(scalar_scan.TABLE, (name, decay, keys, values, self.dtype), kernel, walked))
         if not together:
             return scans
         return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]

@@ -12,7 +12,7 @@ import triton.language as tl
 from cases import DEVICE
 from torch import Tensor
 
-from linear_moe.kernels.blocks import chunk_sums, gates_by_head, sum_rows, zero_uncovered
+from linear_moe.kernels.blocks import Direction, gates_by_head, sum_rows, zero_uncovered
 from linear_moe.kernels.decay_gradient import decay_gradient
 from linear_moe.kernels.delta_walks import unit_lower_inverse
 from linear_moe.kernels.join import FROM_ZEROS, Starts
@@ -96,7 +96,9 @@ def test_decays_are_summed_along_every_chunk(heads: int, exact: bool) -> None:
     lengths, spare, chunk = [37, 0, 16, 1], 5, 16
     log_decay = -torch.rand(sum(lengths) + spare, heads).to(DEVICE)
     borders = borders_of(lengths)
-    sums = chunk_sums(log_decay, cut(borders, len(log_decay), chunk, max(lengths)).borders, chunk, exact=exact)
+    chunks = cut(borders, len(log_decay), chunk, max(lengths)).borders
+    sums = gates_by_head(log_decay, None, chunks, chunk, exact=exact).sums
+    assert sums is not None
     assert sums.dtype == (torch.float64 if exact else torch.float32)
 
     def expected(x: Tensor) -> Tensor:
@@ -119,6 +121,26 @@ def test_decays_are_summed_along_every_chunk(heads: int, exact: bool) -> None:
         {"inner": expected(log_decay.double())},
     )
     assert torch.equal(made.beta[:, : sum(lengths)], beta[: sum(lengths)].T)
+
+
+@pytest.mark.parametrize("direction", ["forwards", "backwards"])
+def test_factors_of_tokens_make_the_decay_of_every_pair_of_a_chunk(direction: Direction) -> None:
+    """What one writes, read by another, has faded by what lies between them. The strongest are finite."""
+    lengths, spare, chunk = [37, 0, 16, 1], 5, 16
+    log_decay = -torch.rand(sum(lengths) + spare, 2).to(DEVICE)
+    log_decay[20] = -500.0
+    pieces = cut(borders_of(lengths), len(log_decay), 2 * chunk, max(lengths)).borders
+    factors = gates_by_head(log_decay, None, pieces, 2 * chunk, chunk=chunk, exact=False, factors=direction).factors
+    assert factors is not None
+    factors = factors[:, : sum(lengths)]
+    assert factors.isfinite().all()
+    for begin, end in [(0, 16), (32, 37), (37, 53), (53, 54)]:
+        summed = log_decay[begin:end].double().cumsum(0).T
+        away = summed if direction == "backwards" else summed[:, -1:] - summed
+        writes, reads = factors[:, begin:end].double().unbind(-1)
+        assert torch.allclose(writes, away.exp(), rtol=1e-5)
+        between = away[:, :, None] - away[:, None, :]
+        assert torch.allclose(writes[:, :, None] * reads[:, None, :], between.exp(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 2), (5, 120)])

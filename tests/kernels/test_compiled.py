@@ -20,13 +20,14 @@ from linear_moe.kernels import (
     parallel_scan,
     piece_reads,
     scalar_walks,
-    wide_scan,
+    turned_scan,
 )
 
 SCRIPT = Path(__file__).with_name("compiled.py")
 UNFADED = "settle_tiles_kernel"
+HEADS_FACTORS = "factors_of_heads_kernel"
 FAMILIES: dict[str, tuple[tuple[ModuleType, ...], tuple[int, ...], set[str]]] = {
-    "mamba2": ((scalar_walks, parallel_scan, piece_reads, wide_scan), (64, 256), set()),
+    "mamba2": ((scalar_walks, parallel_scan, piece_reads, turned_scan), (64, 256), {HEADS_FACTORS}),
     "gated_deltanet": ((delta_walks, delta_along_keys, delta_forward), (128, 256), {UNFADED}),
     "gla": ((gla_walks,), (64,), set()),
 }

@@ -188,7 +188,7 @@ def arguments_of(
     elif form.decay is Decay.VECTOR:
         entries += [(gla.TABLE, (name, K, V, dtype)) for name in ("prepare", "walk", "states", "gradients")]
     else:
-        made = ("output", "output backwards", "overlap", "overlap backwards", "states")
+        made = ("output", "output backwards", "overlap", "overlap backwards", "turned", "turned backwards", "states")
         entries += [(scalar_scan.TABLE, (name, decay, *way, dtype)) for name in made for way in ways]
         entries += [(scalar_scan.WRITES_TABLE, (decay, K, V, dtype))]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
