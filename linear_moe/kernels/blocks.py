@@ -26,6 +26,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 Direction = Literal["forwards", "backwards"]
 """In time."""
 
+LIMIT = tl.constexpr(40.0)
+"""How far, to base 2, a chunk of a mild decay may fade. No factor is then above 2^40 or below 2^-40, of the 2^126 that float32
+and bfloat16 have either way: two thirds of them are left for what is scaled. A token fades to 0.65 on average. Float16 has no
+such range."""
+
 ROWS_BLOCK = 64
 COLUMNS_BLOCK = 512
 
@@ -256,6 +261,27 @@ def decay_between(later, earlier):
 def decay_where(seen, later, earlier):
     """The decay from one token to a later one where it is seen; else 0."""
     return decay_of(tl.where(seen, later - earlier, float("-inf")))
+
+
+@triton.jit
+def strongest_decay(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+    """The least sum of log decays, to base 2, of a chunk of a walk; `sums` are a token's from its chunk's start."""
+    if DECAY == HEAD_DECAY:
+        least = rate * CHUNK
+    else:
+        CHUNKS: tl.constexpr = 64
+        least_of_each = tl.zeros((CHUNKS,), sums_ptr.dtype.element_ty)
+        for done in range(0, size, CHUNKS * CHUNK):
+            begin = done + CHUNK * tl.arange(0, CHUNKS)
+            total = tl.load(sums_ptr + tl.minimum(begin + CHUNK, size) - 1, mask=begin < size, other=0.0)
+            least_of_each = tl.minimum(least_of_each, total)
+        least = tl.min(least_of_each, 0)
+    return least
+
+
+def wants_factors(dtype: torch.dtype) -> bool:
+    """Whether the dtype has room for what a mild decay scales."""
+    return dtype != torch.float16
 
 
 @triton.jit

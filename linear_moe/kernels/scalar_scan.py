@@ -30,6 +30,7 @@ from linear_moe.kernels.blocks import (
     sum_heads,
     tile_choices,
     tile_of,
+    wants_factors,
     zero_uncovered,
 )
 from linear_moe.kernels.decay_gradient import decay_gradient
@@ -40,7 +41,7 @@ from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.results import Backward, Forward
 from linear_moe.kernels.scalar_walks import scan_kernel, writes_kernel
 from linear_moe.kernels.splits import Ragged, Splits, Walked, split_length
-from linear_moe.kernels.turned_scan import MOST_KEYS, Launch, turned_scan, wants_factors
+from linear_moe.kernels.turned_scan import MOST_KEYS, Launch, turned_scan
 
 
 def chunk_length(dtype: torch.dtype) -> int:
@@ -270,7 +271,9 @@ def _writes(
         K_BLOCK=block_of(key_dim),
         V_BLOCK=block_of(value_dim),
         DECAY=walk.kind,
+        RANGE=wants_factors(k.dtype),
         IN_FULL=walk.in_full,
+        THREADS=32 * launch.num_warps,
         PRECISION=precision_of(k.dtype),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

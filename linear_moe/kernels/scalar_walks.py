@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.blocks import (
+    LIMIT,
     LOG2E,
     NO_DECAY,
+    SCALAR_DECAY,
     decay_between,
     decay_of,
     decay_where,
@@ -34,6 +36,7 @@ from linear_moe.kernels.blocks import (
     rows_left,
     state_offsets,
     store_rows,
+    strongest_decay,
     summed_decays,
     walk_at,
 )
@@ -162,6 +165,84 @@ def scan_kernel(
 
 
 @triton.jit
+def walk_writes(
+    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, begin, end, size, head, num_tokens,
+    scale, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, MILD: tl.constexpr, IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state's gradient after `begin` to `end` of the chunks, back in time, whose dk and dv are stored."""
+    k_head = head // (HEADS // K_HEADS)
+    rows = tl.arange(0, CHUNK)
+    keys = tl.arange(0, K_BLOCK)
+    values = tl.arange(0, V_BLOCK)
+    dtype = k_ptr.dtype.element_ty
+    seen = rows[:, None] <= rows[None, :]
+    for step in range(begin, end):
+        done = (tl.cdiv(size, CHUNK) - 1 - step) * CHUNK
+        first = start + done
+        num_rows = rows_left(size, done, CHUNK, IN_FULL)
+        valid = rows < num_rows
+        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
+        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
+        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
+        if DECAY != NO_DECAY:
+            summed, total = summed_decays(
+                decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY, THREADS if MILD else 0
+            )
+            after = decay_of(summed)[:, None]
+            if MILD:
+                # Pairs fade by what is asked and by what is made of it: one exponential a token.
+                do = (do.to(tl.float32) * after).to(dtype)
+                made = decay_of(-summed)
+            else:
+                before = decay_between(total, summed)[:, None]
+                pairs = decay_where(seen, summed[None, :], summed[:, None])
+        asked = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        wanted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if MILD:
+            if DECAY != NO_DECAY:
+                state *= decay_of(total)
+            asked = tl.where(seen, asked, 0.0)
+        else:
+            asked *= pairs
+        if written_ptr is not None:
+            written = tl.sum(tl.where(rows[:, None] != rows[None, :], asked * wanted, 0.0), 1)
+        if MILD:
+            wanted = tl.where(seen, wanted, 0.0)
+        else:
+            wanted *= pairs
+        rounded = state.to(dtype)
+        dv = tl.dot(k, rounded, input_precision=PRECISION)
+        if not MILD:
+            dv *= before
+        if written_ptr is not None:
+            written += tl.sum(dv * v.to(tl.float32), 1)
+            if MILD:
+                written *= made
+            tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
+        dv = tl.dot(asked.to(dtype), do, acc=dv, input_precision=PRECISION)
+        dk = tl.dot(v, tl.trans(rounded), input_precision=PRECISION)
+        if not MILD:
+            dk *= before
+        dk = tl.dot(wanted.to(dtype), q, acc=dk, input_precision=PRECISION)
+        if not MILD:
+            state *= decay_of(total)
+            do = (do.to(tl.float32) * after).to(dtype)
+        state = tl.dot(tl.trans(q), do, acc=state, input_precision=PRECISION)
+        if MILD and DECAY != NO_DECAY:
+            dv *= (scale * made)[:, None]
+            dk *= (scale * made)[:, None]
+        else:
+            dv *= scale
+            dk *= scale
+        store_rows(dv_ptr, dv, first, head, HEADS, V, rows, values, valid)
+        store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
+    return state
+
+
+@triton.jit
 def writes_kernel(
     q_ptr,
     k_ptr,
@@ -189,21 +270,21 @@ def writes_kernel(
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
+    RANGE: tl.constexpr,
     IN_FULL: tl.constexpr,
+    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. The state's
     gradient lies in shared memory for the one product and, transposed, for the other.
 
     `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
-    pointer leaves its part out.
+    pointer leaves its part out. RANGE: whether the dtype has room for what a mild decay scales, as in
+    `linear_moe.kernels.turned_scan`; what is seen from a chunk's start is do.
     """
     _, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, 1)
-    k_head = head // (HEADS // K_HEADS)
-    rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
     values = tl.arange(0, V_BLOCK)
-    dtype = k_ptr.dtype.element_ty
     state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
     in_state = (keys < K)[:, None] & (values < V)[None, :]
     state = load_start(
@@ -211,46 +292,24 @@ def writes_kernel(
     )  # fmt: skip
     state /= scale
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
-    seen = rows[:, None] <= rows[None, :]
     num_chunks = tl.cdiv(size, CHUNK)
-    for step in range(num_chunks):
-        chunk = num_chunks - 1 - step
-        first = start + chunk * CHUNK
-        num_rows = rows_left(size, chunk * CHUNK, CHUNK, IN_FULL)
-        valid = rows < num_rows
-        q = load_rows(q_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        k = load_rows(k_ptr, first, k_head, K_HEADS, K, rows, keys, valid)
-        v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
-        do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
-        if DECAY != NO_DECAY:
-            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
-            before = decay_between(total, summed)[:, None]
-            after = decay_of(summed)[:, None]
-            pairs = decay_where(seen, summed[None, :], summed[:, None])
-        else:
-            pairs = tl.where(seen, 1.0, 0.0)
-        asked = pairs * tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        wanted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if written_ptr is not None:
-            written = tl.sum(tl.where(rows[:, None] != rows[None, :], asked * wanted, 0.0), 1)
-        wanted *= pairs
-        rounded = state.to(dtype)
-        dv = tl.dot(k, rounded, input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dv *= before
-        if written_ptr is not None:
-            written += tl.sum(dv * v.to(tl.float32), 1)
-            tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
-        dv = tl.dot(asked.to(dtype), do, acc=dv, input_precision=PRECISION)
-        store_rows(dv_ptr, scale * dv, first, head, HEADS, V, rows, values, valid)
-        dk = tl.dot(v, tl.trans(rounded), input_precision=PRECISION)
-        if DECAY != NO_DECAY:
-            dk *= before
-        dk = tl.dot(wanted.to(dtype), q, acc=dk, input_precision=PRECISION)
-        store_rows(dk_ptr, scale * dk, first, head, HEADS, K, rows, keys, valid)
-        if DECAY != NO_DECAY:
-            state *= decay_of(total)
-            do = (do.to(tl.float32) * after).to(dtype)
-        state = tl.dot(tl.trans(q), do, acc=state, input_precision=PRECISION)
+    mild = num_chunks
+    if DECAY != NO_DECAY:
+        mild *= RANGE
+        if RANGE:
+            sums_ptr = decay_ptr
+            if DECAY == SCALAR_DECAY:
+                sums_ptr += head.to(tl.int64) * num_tokens + start
+            mild = tl.where(strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, num_chunks, 0)
+    if RANGE or DECAY == NO_DECAY:
+        state = walk_writes(
+            q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, 0, mild, size, head,
+            num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, True, IN_FULL, THREADS, PRECISION,
+        )  # fmt: skip
+    if DECAY != NO_DECAY:
+        state = walk_writes(
+            q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, mild, num_chunks, size,
+            head, num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, False, IN_FULL, THREADS, PRECISION,
+        )  # fmt: skip
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)

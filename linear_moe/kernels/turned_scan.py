@@ -39,6 +39,7 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import (
     HEAD_DECAY,
+    LIMIT,
     NO_DECAY,
     SCALAR_DECAY,
     block_of,
@@ -54,8 +55,10 @@ from linear_moe.kernels.blocks import (
     state_offsets,
     store_factors,
     store_rows,
+    strongest_decay,
     tile_of,
     walk_at,
+    wants_factors,
 )
 from linear_moe.kernels.descriptors import described_rows
 from linear_moe.kernels.join import Starts
@@ -65,11 +68,6 @@ from linear_moe.static_tensors import static
 
 MOST_KEYS = 128
 """Of one part of the state."""
-
-LIMIT = tl.constexpr(40.0)
-"""How far, to base 2, a chunk of a mild decay may fade. No factor is then above 2^40 or below 2^-40, of the 2^126 that float32
-and bfloat16 have either way: two thirds of them are left for what is scaled. A token fades to 0.65 on average. Float16 has no
-such range."""
 
 
 class Launch(NamedTuple):
@@ -81,11 +79,6 @@ class Launch(NamedTuple):
     """Value channels of a program."""
     num_warps: int
     num_stages: int
-
-
-def wants_factors(dtype: torch.dtype) -> bool:
-    """Whether the dtype has room for what a mild decay scales."""
-    return dtype != torch.float16
 
 
 @static
@@ -113,22 +106,6 @@ def factors_of_heads(log_decay: Tensor, chunk: int, *, reverse: bool, precision:
         num_warps=2,
     )  # fmt: skip
     return made
-
-
-@triton.jit
-def strongest_decay(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr):
-    """The least sum of log decays, to base 2, of a chunk of a walk; `sums` are a token's from its chunk's start."""
-    if DECAY == HEAD_DECAY:
-        least = rate * CHUNK
-    else:
-        CHUNKS: tl.constexpr = 64
-        least_of_each = tl.zeros((CHUNKS,), sums_ptr.dtype.element_ty)
-        for done in range(0, size, CHUNKS * CHUNK):
-            begin = done + CHUNK * tl.arange(0, CHUNKS)
-            total = tl.load(sums_ptr + tl.minimum(begin + CHUNK, size) - 1, mask=begin < size, other=0.0)
-            least_of_each = tl.minimum(least_of_each, total)
-        least = tl.min(least_of_each, 0)
-    return least
 
 
 @triton.jit

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from linear_moe.forms import Decay
 from linear_moe.kernels import piece_reads
-from linear_moe.kernels.blocks import Direction, new_states, zero_uncovered
+from linear_moe.kernels.blocks import Direction, new_states, wants_factors, zero_uncovered
 from linear_moe.kernels.descriptors import describable
 from linear_moe.kernels.launch_tables import LaunchTable
 from linear_moe.kernels.parallel_scan import plan_of, starts_of
 from linear_moe.kernels.results import Forward
 from linear_moe.kernels.splits import Ragged
-from linear_moe.kernels.turned_scan import Launch, turned_scan, wants_factors
+from linear_moe.kernels.turned_scan import Launch, turned_scan
 
 
 def choose_launch(dtype: torch.dtype) -> Launch:

@@ -104,15 +104,15 @@ class ScanWork:
             ways += [(False, True, V, K), (with_decay, True, K, V)]
         turned = scalar_scan.turns(DECAY_KINDS[self.form.decay], K, V, self.dtype)
         scans = []
-        for overlap, reverse, keys, values in dict.fromkeys(ways):
+        for overlap, reverse, keys, columns in dict.fromkeys(ways):
             name = scalar_scan.walk_name(overlap=overlap, reverse=reverse, turned=turned)
-            walked: dict[str, Any] = {"K": keys, "V": values, "REVERSE": reverse}
+            walked: dict[str, Any] = {"K": keys, "V": columns, "REVERSE": reverse}
             if turned and not overlap:
                 kernel: Any = turned_scan.turned_scan_kernel
             else:
                 kernel = scalar_walks.scan_kernel
                 walked["OTHER_HEADS"] = self.heads if overlap else 0
-            scans.append(Entry(scalar_scan.TABLE, (name, decay, keys, values, self.dtype), kernel, walked))
+            scans.append(Entry(scalar_scan.TABLE, (name, decay, keys, columns, self.dtype), kernel, walked))
         if not together:
             return scans
         return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]

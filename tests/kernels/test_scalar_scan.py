@@ -38,7 +38,19 @@ CONSTANT = replace(WHOLE, form=Recurrence(Decay.HEAD))
 HEADS = replace(WHOLE, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
 # The gradients of keys and values in a walk each.
 WIDE = replace(WHOLE, K=20, V=18)
-CLEAN = {"whole": WHOLE, "wide": WIDE, "cut": CUT, "long": LONG, "constant": CONSTANT, "heads": HEADS}
+STRONG = replace(WHOLE, rate=40.0)
+# What mild decays do in the other loop, which float16 takes always.
+PAIRS = replace(WHOLE, dtype=torch.float16)
+CLEAN = {
+    "strong": STRONG,
+    "pairs": PAIRS,
+    "whole": WHOLE,
+    "wide": WIDE,
+    "cut": CUT,
+    "long": LONG,
+    "constant": CONSTANT,
+    "heads": HEADS,
+}
 
 ROW = "tl.minimum(rows, num_rows - 1)"
 SCANNED = "valid = rows < num_rows\n        k ="
@@ -63,21 +75,44 @@ BUGS = {
     "decay off by one position": (WHOLE, Bug(blocks, ROW, f"tl.maximum({ROW} - 1, 0)")),
     "a constant decay off by one position": (CONSTANT, Bug(blocks, "rate * (rows + 1)", "rate * rows")),
     "a chunk's decays summed over two": (CUT, Bug(scalar_scan, CHUNKS, CHUNKS.replace("chunk", "2 * chunk"))),
-    "the state does not fade": (WHOLE, Bug(scalar_walks, "state *= decay_of(total)", "state *= 1.0", count=2)),
+    "the state does not fade": (WHOLE, Bug(scalar_walks, "state *= decay_of(total)", "state *= 1.0", count=3)),
     "the state not transposed for a key's gradient": (WHOLE, Bug(scalar_walks, "tl.trans(rounded)", "rounded")),
-    "a causal mask of writes dropped": (
+    "a causal mask of writes dropped": (WHOLE, Bug(scalar_walks, "asked = tl.where(seen, asked, 0.0)", "pass")),
+    "a causal mask of a key's gradient dropped": (
         WHOLE,
+        Bug(scalar_walks, "wanted = tl.where(seen, wanted, 0.0)", "pass"),
+    ),
+    "what is asked does not fade": (
+        WHOLE,
+        Bug(scalar_walks, "do = (do.to(tl.float32) * after).to(dtype)\n                made", "made"),
+    ),
+    "what a value's gradient is made of does not fade": (
+        WHOLE,
+        Bug(scalar_walks, "dv *= (scale * made)[:, None]", "dv *= scale"),
+    ),
+    "what a key's gradient is made of does not fade": (
+        WHOLE,
+        Bug(scalar_walks, "dk *= (scale * made)[:, None]", "dk *= scale"),
+    ),
+    "what the decay's gradient is made of does not fade": (WHOLE, Bug(scalar_walks, "written *= made", "pass")),
+    "strong decays of writes taken for mild ones": (STRONG, Bug(scalar_walks, ">= -LIMIT", ">= -1e9")),
+    "float16 given no room for writes": (
+        replace(PAIRS, rate=1.4),
+        Bug(blocks, "dtype != torch.float16", "True"),
+    ),
+    "a causal mask of pairs of writes dropped": (
+        PAIRS,
         Bug(
             scalar_walks,
             "pairs = decay_where(seen, summed[None, :], summed[:, None])",
             "pairs = decay_between(summed[None, :], summed[:, None])",
         ),
     ),
-    "pairs of a key's gradient do not fade": (WHOLE, Bug(scalar_walks, "wanted *= pairs", "wanted *= 1.0")),
+    "pairs of a key's gradient do not fade": (PAIRS, Bug(scalar_walks, "wanted *= pairs", "wanted *= 1.0")),
     "the state is not added to": (WHOLE, Bug(scalar_walks, "(tl.trans(k), v, acc=state,", "(tl.trans(k), v,")),
     "the state's scale forgotten": (WIDE, Bug(scalar_walks, "state_scale * state, mask", "state, mask")),
     "backwards as forwards": (WIDE, Bug(scalar_walks, "num_chunks - 1 - step if BACKWARDS else step", "step")),
-    "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "chunk = num_chunks - 1 - step\n", "chunk = step\n")),
+    "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "(tl.cdiv(size, CHUNK) - 1 - step)", "step")),
     "a piece's writes fade by their chunk alone": (LONG, Bug(scalar_walks, "decay_of(left + reach)", "decay_of(left)")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
     "a split's start forgotten": (CUT, Bug(blocks, "(piece != outermost) & (piece <= last)", "piece < 0")),

@@ -271,7 +271,7 @@ BUGS = {
     "what comes after a piece read": (MILD, Bug(descriptors, "tl.maximum(size, 1)", "size + 5")),
     "strong decays taken for mild ones": (STRONG, Bug(turned_scan, ">= -LIMIT", "< -LIMIT")),
     "all decays taken for mild ones": (STRONG, Bug(turned_scan, ">= -LIMIT", ">= -1e9")),
-    "float16 given no room": (replace(PAIRS, rate=0.75), Bug(turned_scan, "dtype != torch.float16", "True")),
+    "float16 given no room": (replace(PAIRS, rate=0.75), Bug(blocks, "dtype != torch.float16", "True")),
     "key heads taken in turn": (HEADS, Bug(turned_scan, "head // (HEADS // K_HEADS)", "head % K_HEADS")),
     "query heads taken in turn": (HEADS, Bug(turned_scan, "head // (HEADS // Q_HEADS)", "head % Q_HEADS")),
     "a split's carry lost": (CUT, Bug(parallel_scan, "joined, _ = join(", "_, joined = join(")),
