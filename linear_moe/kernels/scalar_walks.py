@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.blocks import (
+    HEAD_DECAY,
     LIMIT,
     LOG2E,
     NO_DECAY,
-    SCALAR_DECAY,
     decay_between,
     decay_of,
     decay_where,
@@ -169,7 +169,7 @@ def walk_writes(
     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, begin, end, size, head, num_tokens,
     scale, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
     K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, MILD: tl.constexpr, IN_FULL: tl.constexpr,
-    THREADS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient after `begin` to `end` of the chunks, back in time, whose dk and dv are stored."""
     k_head = head // (HEADS // K_HEADS)
@@ -188,9 +188,7 @@ def walk_writes(
         v = load_rows(v_ptr, first, head, HEADS, V, rows, values, valid)
         do = load_rows(do_ptr, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
-            summed, total = summed_decays(
-                decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY, THREADS if MILD else 0
-            )
+            summed, total = summed_decays(decay_ptr, rate, head, first, rows, num_rows, num_tokens, DECAY)
             after = decay_of(summed)[:, None]
             if MILD:
                 # Pairs fade by what is asked and by what is made of it: one exponential a token.
@@ -219,8 +217,6 @@ def walk_writes(
             dv *= before
         if written_ptr is not None:
             written += tl.sum(dv * v.to(tl.float32), 1)
-            if MILD:
-                written *= made
             tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
         dv = tl.dot(asked.to(dtype), do, acc=dv, input_precision=PRECISION)
         dk = tl.dot(v, tl.trans(rounded), input_precision=PRECISION)
@@ -270,17 +266,16 @@ def writes_kernel(
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
-    RANGE: tl.constexpr,
+    FACTORS: tl.constexpr,
     IN_FULL: tl.constexpr,
-    THREADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. The state's
     gradient lies in shared memory for the one product and, transposed, for the other.
 
     `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
-    pointer leaves its part out. RANGE: whether the dtype has room for what a mild decay scales, as in
-    `linear_moe.kernels.turned_scan`; what is seen from a chunk's start is do.
+    pointer leaves its part out. FACTORS: whether mild decays, constant ones, are factors of a token, as in
+    `linear_moe.kernels.turned_scan`, here of do, seen from a chunk's start.
     """
     _, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, 1)
     keys = tl.arange(0, K_BLOCK)
@@ -295,21 +290,19 @@ def writes_kernel(
     num_chunks = tl.cdiv(size, CHUNK)
     mild = num_chunks
     if DECAY != NO_DECAY:
-        mild *= RANGE
-        if RANGE:
-            sums_ptr = decay_ptr
-            if DECAY == SCALAR_DECAY:
-                sums_ptr += head.to(tl.int64) * num_tokens + start
-            mild = tl.where(strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, num_chunks, 0)
-    if RANGE or DECAY == NO_DECAY:
+        mild *= FACTORS
+        if FACTORS:
+            tl.static_assert(DECAY == HEAD_DECAY, "other decays are taken of every pair")
+            mild = tl.where(strongest_decay(decay_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, num_chunks, 0)
+    if FACTORS or DECAY == NO_DECAY:
         state = walk_writes(
             q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, 0, mild, size, head,
-            num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, True, IN_FULL, THREADS, PRECISION,
+            num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, True, IN_FULL, PRECISION,
         )  # fmt: skip
     if DECAY != NO_DECAY:
         state = walk_writes(
             q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, mild, num_chunks, size,
-            head, num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, False, IN_FULL, THREADS, PRECISION,
+            head, num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, False, IN_FULL, PRECISION,
         )  # fmt: skip
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)
