@@ -54,8 +54,8 @@ def chunk_length(dtype: torch.dtype) -> int:
 def turns(decay: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     """Whether a walk that makes no overlap is `turned_scan`'s.
 
-    Forwards at B8 T4096 H16 K = V = 128 on an H200 (torch 2.11, triton 3.6, bf16; ms, and of the scan's kernel) without a decay
-    0.157, 0.171; with one a head 0.168, 0.185; with one a token 0.173, 0.209. At B32 T2048 H16 K = V = 64 0.151, 0.142; 0.152,
+    Forwards at B8 T4096 H16 K = V = 128 on an H200 (torch 2.11, triton 3.6, bf16; ms, and of `scan_kernel`) without a decay
+    0.149, 0.170; with one a head 0.168, 0.185; with one a token 0.171, 0.208. At B32 T2048 H16 K = V = 64 0.150, 0.142; 0.152,
     0.146; 0.163, 0.150.
     """
     fits = dtype == torch.bfloat16 or (dtype == torch.float16 and decay == NO_DECAY.value)
@@ -79,8 +79,8 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
     K = V = 64, B32 T2048 H16, forwards with 2 to 5 stages: 0.215, 0.190, 0.191, 0.186 without a decay; 0.199, 0.190, 0.192,
     0.187; 0.210, 0.193, 0.196, 0.194. With overlap 0.314, 0.248, 0.238, 0.243.
     On an H200, forwards with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332. Turned, K = V =
-    128, B8 T4096 H16, without a decay 0.157, with 2 stages 0.224; value tile 64 on 4 warps with 2 to 5 stages 0.181, 0.172,
-    0.165, 0.165.
+    128, B8 T4096 H16, without a decay 0.157 when first tried, with 2 stages 0.224; value tile 64 on 4 warps with 2 to 5 stages
+    0.181, 0.172, 0.165, 0.165.
     """
     chunk = chunk_length(dtype)
     if dtype == torch.float32:

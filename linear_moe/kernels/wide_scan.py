@@ -24,8 +24,8 @@ from linear_moe.kernels.turned_scan import Launch, turned_scan
 def choose_launch(dtype: torch.dtype) -> Launch:
     """From a frozen table, measured on an H200 (torch 2.11, triton 3.6, bf16; ms at B8 T4096 H4 K = V = 256).
 
-    0.121 without a decay, 0.144 with one a head and 0.150 with one a token, if they are mild. With an exponential of every
-    factor in the walk 0.161, 0.171; with factors from memory in registers from a chunk's start 0.163, 0.200, for they spill.
+    0.117 without a decay, 0.143 with one a head and 0.148 with one a token, if they are mild. With an exponential of every
+    factor in the walk 0.161, 0.172; with factors in registers from a chunk's start 0.163, 0.200, for they spill.
     On an H100 the two steps of `parallel_scan` take 0.207 to 0.216; of prototypes, with 2 stages 0.184, 0.203, 0.215; with
     faded pairs 0.205, 0.211; on 8 warps with chunks of 128 and 1 stage 0.241, 0.279, 0.310.
     """
