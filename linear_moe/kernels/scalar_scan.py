@@ -1,10 +1,9 @@
 """The scan of recurrences without erase whose decay is none, a constant a head, or a scalar a token.
 
 The kernels and the mathematics are in `linear_moe.kernels.scalar_walks` and `linear_moe.kernels.turned_scan`; this is how they
-are launched. A forward pass walks
-each segment, or, of long ones, its pieces, whose starts are joined first. A backward pass is the same walk again with the roles
-of q, k, v and the output's gradient exchanged, two of the three backwards in time; of narrow heads these two are one. The
-decay's gradient needs no walk.
+are launched. A forward pass walks each segment, or, of long ones, its pieces, whose starts are joined first. A backward pass is
+the same walk again with the roles of q, k, v and the output's gradient exchanged, two of the three backwards in time; of narrow
+heads these two are one. The decay's gradient needs no walk.
 """
 
 from __future__ import annotations
@@ -325,13 +324,8 @@ def _walk_of(
         chunks, splits = ragged.cut_twice(v.shape[0], chunk, piece_length(k, v, ragged))
         wanted = turns(kind, k.shape[2], v.shape[2], k.dtype) and wants_factors(k.dtype)
         gates = gates_by_head(
-            log_decay,
-            None,
-            chunks.borders,
-            chunk,
-            exact=k.dtype == torch.float32,
-            factors=direction if wanted else None,
-        )
+            log_decay, None, chunks.borders, chunk, exact=k.dtype == torch.float32, factors=direction if wanted else None
+        )  # fmt: skip
         log_decay, factors = gates.sums, gates.factors
     else:
         splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))

@@ -23,7 +23,7 @@ f_j = 2^(s_C - s_j) of what one token writes and 1 / f_i of what another reads,
     S   <- S + sum_j k_j (f_j v_j)^T
 
 and back in time, seen from the chunk's start, the same with f_j = 2^s_j. Both factors of a token are made before the walk, for
-which an exponential is dear: a program has one warp a scheduler, and whatever that waits for everything waits for. What is
+which an exponential is dear: a scheduler has one or two warps, and nothing else to do while they wait. What is
 rounded is another multiple of the same numbers by up to `LIMIT` powers of 2, which bfloat16 and float32 have room for;
 float16, which has not, takes pairs.
 """
@@ -151,12 +151,12 @@ def walk(
             k_high = k_rows.load([done, KEYS])
         v = tl.trans(v_rows.load([done, tile * V_TILE]))
         if FACTORS:
-            # Rows past the last have its factors: none overflows.
-            row = tl.minimum(rows, num_rows - 1)
             if DECAY == HEAD_DECAY:
                 written = load_numbers(factors_ptr, 2 * rows, None, THREADS)
                 total = rate * (num_rows if REVERSE else CHUNK)
             else:
+                # Rows past the last have its factors: none overflows.
+                row = tl.minimum(rows, num_rows - 1)
                 written = load_numbers(factors_ptr + 2 * done, 2 * row, None, THREADS)
                 total = tl.load(sums_ptr + done + num_rows - 1)
         elif DECAY != NO_DECAY:

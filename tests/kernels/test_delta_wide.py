@@ -119,14 +119,12 @@ def chunks(case: Case, inputs: dict[str, Tensor], length: int) -> Tensor:
     """-E diag(b) and scale R diag(b) of chunks of some tokens, from a solve of their own."""
     ragged = Ragged(case.cu_seqlens, case.max_length, False)
     cuts = ragged.pieces(case.num_tokens, length)
-    decays, _, beta = gated_deltanet.gates_by_head(
-        inputs.get("log_decay"), inputs["beta"], cuts.borders, length, exact=False
-    )
+    gates = gated_deltanet.gates_by_head(inputs.get("log_decay"), inputs["beta"], cuts.borders, length, exact=False)
     heads = case.heads
     made = inputs["k"].new_zeros(2, case.num_tokens, heads, length)
     delta_forward.launch_kernel(
-        delta_walks.solve_kernel, cuts.num_pieces * heads, inputs["q"], inputs["k"], decays, beta, made, None, None, None,
-        cuts.borders, 2, case.num_tokens, 0.5, HEADS=heads, K_HEADS=case.key_heads, K=case.K, PIECE=length, CHUNK=length,
+        delta_walks.solve_kernel, cuts.num_pieces * heads, inputs["q"], inputs["k"], gates.sums, gates.beta, made, None, None,
+        None, cuts.borders, 2, case.num_tokens, 0.5, HEADS=heads, K_HEADS=case.key_heads, K=case.K, PIECE=length, CHUNK=length,
         SHORT=length, LEVELS=length.bit_length() - 1, K_BLOCK=16, DECAY=delta_forward.DECAY_KINDS[case.form.decay],
         IN_FULL=False, PACKED=False, WEIGHTED=True, PRECISION=delta_forward.inverse_precision_of(HALF), num_warps=4,
         num_stages=1,
