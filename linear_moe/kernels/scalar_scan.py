@@ -57,7 +57,7 @@ def turns(decay: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     0.149, 0.170; with one a head 0.168, 0.185; with one a token 0.171, 0.208. At B32 T2048 H16 K = V = 64 0.150, 0.142; 0.152,
     0.146; 0.163, 0.150.
     """
-    fits = dtype == torch.bfloat16 or (dtype == torch.float16 and decay == NO_DECAY.value)
+    fits = dtype != torch.float32 and (decay == NO_DECAY.value or wants_factors(dtype))
     return fits and all(64 < width <= MOST_KEYS for width in (key_dim, value_dim))
 
 

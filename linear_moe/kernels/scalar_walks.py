@@ -24,7 +24,6 @@ import triton.language as tl
 
 from linear_moe.kernels.blocks import (
     HEAD_DECAY,
-    LIMIT,
     LOG2E,
     NO_DECAY,
     decay_between,
@@ -32,11 +31,11 @@ from linear_moe.kernels.blocks import (
     decay_where,
     load_rows,
     load_start,
+    mild_chunks,
     rate_of,
     rows_left,
     state_offsets,
     store_rows,
-    strongest_decay,
     summed_decays,
     walk_at,
 )
@@ -288,12 +287,8 @@ def writes_kernel(
     state /= scale
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     num_chunks = tl.cdiv(size, CHUNK)
-    mild = num_chunks
-    if DECAY != NO_DECAY:
-        mild *= FACTORS
-        if FACTORS:
-            tl.static_assert(DECAY == HEAD_DECAY, "other decays are taken of every pair")
-            mild = tl.where(strongest_decay(decay_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, num_chunks, 0)
+    tl.static_assert((not FACTORS) or (DECAY == HEAD_DECAY), "other decays are taken of every pair")
+    mild = mild_chunks(decay_ptr, rate, size, CHUNK, DECAY, FACTORS)
     if FACTORS or DECAY == NO_DECAY:
         state = walk_writes(
             q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, 0, mild, size, head,

@@ -23,9 +23,9 @@ f_j = 2^(s_C - s_j) of what one token writes and 1 / f_i of what another reads,
     S   <- S + sum_j k_j (f_j v_j)^T
 
 and back in time, seen from the chunk's start, the same with f_j = 2^s_j. Both factors of a token are made before the walk, for
-which an exponential is dear: a scheduler has one or two warps, and nothing else to do while they wait. What is
-rounded is another multiple of the same numbers by up to `LIMIT` powers of 2, which bfloat16 and float32 have room for;
-float16, which has not, takes pairs.
+which an exponential is dear: a scheduler has one or two warps, and nothing else to do while they wait. What is rounded is
+another multiple of the same numbers by up to `LIMIT` powers of 2 (`linear_moe.kernels.blocks`), which bfloat16 and float32 have
+room for; float16, which has not, takes pairs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from torch import Tensor
 
 from linear_moe.kernels.blocks import (
     HEAD_DECAY,
-    LIMIT,
     NO_DECAY,
     SCALAR_DECAY,
     block_of,
@@ -49,13 +48,13 @@ from linear_moe.kernels.blocks import (
     decay_where,
     load_numbers,
     load_start,
+    mild_chunks,
     precision_of,
     rate_of,
     rows_left,
     state_offsets,
     store_factors,
     store_rows,
-    strongest_decay,
     tile_of,
     walk_at,
     wants_factors,
@@ -95,7 +94,7 @@ def factors_of_heads_kernel(
     rows = tl.arange(0, CHUNK)
     rate = rate_of(decay_ptr, head, HEAD_DECAY, PRECISION)
     left = rate * (rows + 1 if REVERSE else CHUNK - 1 - rows)
-    store_factors(factors_ptr, head * CHUNK + rows, left, rows >= 0)
+    store_factors(factors_ptr, head * CHUNK + rows, left, None)
 
 
 def factors_of_heads(log_decay: Tensor, chunk: int, *, reverse: bool, precision: str) -> Tensor:
@@ -289,11 +288,7 @@ def turned_scan_kernel(
         if RANGE:
             factors_ptr += head * (2 * CHUNK)
     num_chunks = tl.cdiv(size, CHUNK)
-    mild = num_chunks
-    if DECAY != NO_DECAY:
-        mild *= RANGE
-        if RANGE:
-            mild = tl.where(strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, num_chunks, 0)
+    mild = mild_chunks(sums_ptr, rate, size, CHUNK, DECAY, RANGE)
     # One after the other, of which one has nothing to do: a loop with a branch inside makes no pipeline, and two branches may
     # have memory of their own each.
     if RANGE or DECAY == NO_DECAY:
@@ -361,7 +356,7 @@ def turned_scan(
         v,
         decays,
         numbers,
-        factors if roomy else None,
+        factors,
         output,
         *starts.arguments(),
         final,

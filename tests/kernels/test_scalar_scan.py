@@ -94,7 +94,7 @@ BUGS = {
         CONSTANT,
         Bug(scalar_walks, "dk *= (scale * made)[:, None]", "dk *= scale"),
     ),
-    "strong decays of writes taken for mild ones": (STRONG, Bug(scalar_walks, ">= -LIMIT", ">= -1e9")),
+    "strong decays of writes taken for mild ones": (STRONG, Bug(blocks, ">= -LIMIT", ">= -1e9")),
     "float16 given no room for writes": (
         replace(PAIRS, lengths=(64, 3), rate=40.0, initial=False),
         Bug(blocks, "dtype != torch.float16", "True"),
