@@ -76,8 +76,9 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
     0.302, 0.298, 0.343, and there 0.335, 0.291, 0.385. Value tile 128 on 8 warps with 3 stages forwards: 0.184, 0.209, 0.299.
     States alone, of 8 of 9 pieces at B1 T32768, 0.105, 0.094, 0.096 (a head); with value tile 128 and 3 stages 0.093.
     K = V = 64, B32 T2048 H16, forwards with 2 to 5 stages: 0.215, 0.190, 0.191, 0.186 without a decay; 0.199, 0.190, 0.192,
-    0.187; 0.210, 0.193, 0.196, 0.194. With overlap 0.314, 0.248, 0.238, 0.243.
-    On an H200, forwards with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332. Turned, K = V =
+    0.187; 0.210, 0.193, 0.196, 0.194.
+    On an H200, there, with an overlap, 0.206, 0.167, 0.193: with 4 stages a multiprocessor has room for one program, not two.
+    Forwards with a decay a head: value tile 32 0.340 for 0.243, chunk 32 0.318, chunk 128 0.332. Turned, K = V =
     128, B8 T4096 H16, without a decay 0.157 when first tried, with 2 stages 0.224; value tile 64 on 4 warps with 2 to 5 stages
     0.181, 0.172, 0.165, 0.165.
     """
@@ -90,8 +91,7 @@ def choose_launch(walk: str, decay: str, key_dim: int, value_dim: int, dtype: to
     if walk == "states":
         return launch._replace(value_tile=128 if value_dim > 64 else 64, num_stages=3)
     if max(key_dim, value_dim) <= 64:
-        if walk.startswith("output"):
-            return launch._replace(num_stages=3 if decay == "scalar" else 5)
+        return launch._replace(num_stages=5 if walk.startswith("output") and decay != "scalar" else 3)
     elif decay == "scalar" and walk != "output":
         return launch._replace(num_stages=3 if walk.endswith("backwards") else 2)
     return launch
