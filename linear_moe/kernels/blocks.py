@@ -401,21 +401,26 @@ class GatesByHead(NamedTuple):
     """`[H, S, 2]` float32: of what a token writes in a chunk, and of what it reads (`linear_moe.kernels.turned_scan`)."""
 
 
+def new_sums(heads: int, num_tokens: int, device: torch.device, *, exact: bool) -> Tensor:
+    """Room for sums of log decays, `[H, S]`. A difference of sums is a small number made of large ones: `exact` results need it
+    in float64.
+    """
+    return torch.empty(heads, num_tokens, dtype=torch.float64 if exact else torch.float32, device=device)
+
+
 def gates_by_head(
     log_decay: Tensor | None, beta: Tensor | None, borders: Tensor, piece: int, *, chunk: int | None = None, exact: bool,
     factors: Direction | None = None,
 ) -> GatesByHead:  # fmt: skip
     """Scalar log decays `[S, H]` summed, and strengths `[S, H]` of any dtype turned, in one pass; what is given.
 
-    A difference of sums is a small number made of large ones: `exact` results need it in float64. `borders` are those of the
-    pieces, of `piece` tokens, which is a multiple of `chunk`. `factors`: of walks in which direction they are wanted.
+    `exact` as in `new_sums`. `borders` are those of the pieces, of `piece` tokens, which is a multiple of `chunk`. `factors`:
+    of walks in which direction they are wanted.
     """
     given = log_decay if beta is None else beta
     assert given is not None
     num_tokens, heads = given.shape
-    wide = torch.float64 if exact else torch.float32
-
-    sums = None if log_decay is None else log_decay.new_empty(heads, num_tokens, dtype=wide)
+    sums = None if log_decay is None else new_sums(heads, num_tokens, given.device, exact=exact)
     inner = None if sums is None or chunk is None else torch.empty_like(sums)
     turned = None if beta is None else beta.new_empty(heads, num_tokens, dtype=torch.float32)
     scaled = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linear_moe.forms import Decay
 from linear_moe.kernels import delta_forward, gated_deltanet, gla, parallel_scan, piece_reads, scalar_scan, wide_scan
+from linear_moe.kernels.blocks import new_sums
 from linear_moe.kernels.compile_ahead import compile_ahead
 from linear_moe.kernels.operator import differentiable, operator, wants_gradients
 from linear_moe.kernels.splits import Ragged
@@ -64,19 +65,24 @@ def _scan_of(k: Tensor, v: Tensor) -> Any:
     return parallel_scan if piece_reads.takes(k.shape[2], v.shape[2], k.dtype) else scalar_scan
 
 
-def _scan_starts_like(k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
-    """The states from which its backward pass starts again."""
+def _scan_kept_like(k: Tensor, v: Tensor, ragged: Ragged, decay: Decay) -> tuple[Tensor, Tensor]:
+    """The states from which its backward pass starts again, and the sums of log decays that it takes over."""
     if _scan_of(k, v) is parallel_scan:
         count = parallel_scan.most_pieces(k, v.shape[0], ragged)
-        return k.new_empty(count, v.shape[1], k.shape[2], v.shape[2])
-    return _states_like(k, v, _pieces(v, ragged, scalar_scan.piece_length(k, v, ragged)))
+        starts, keeps_sums = k.new_empty(count, v.shape[1], k.shape[2], v.shape[2]), True
+    else:
+        starts = _states_like(k, v, _pieces(v, ragged, scalar_scan.piece_length(k, v, ragged)))
+        keeps_sums = not scalar_scan.takes_factors(k, v)
+    if decay is not Decay.SCALAR or not keeps_sums:
+        return starts, _or_empty(None, v)
+    return starts, new_sums(v.shape[1], v.shape[0], v.device, exact=k.dtype == torch.float32)
 
 
 @operator("scalar_scan")
 def _scalar(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor,
     max_length: int, dense: bool, scale: float, want_final: bool, decay: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ragged, kernels = Ragged(cu_seqlens, max_length, dense), _scan_of(k, v)
 
     def forward() -> Any:
@@ -87,41 +93,44 @@ def _scalar(
         )
 
     def both() -> None:
-        starts = forward().starts
+        made = forward()
         if keep:
             want_decay = log_decay is not None and log_decay.requires_grad
             kernels.backward(
-                torch.empty_like(v), None, q, k, v, log_decay, initial_state, starts, ragged, decay=Decay(decay),
-                scale=scale, want_decay=want_decay,
+                torch.empty_like(v), None, q, k, v, log_decay, initial_state, made.starts, made.sums, ragged,
+                decay=Decay(decay), scale=scale, want_decay=want_decay,
             )  # fmt: skip
 
     with torch.cuda.device_of(v):
         kind = _kind("scalar_scan", q, k, v, log_decay, initial_state, ragged, want_final, decay, keep)
         compile_ahead(v.device, kind, both)
         made = forward()
-    return made.output, _or_empty(made.final_state, v), _or_empty(made.starts if keep else None, v)
+    starts, sums = (made.starts, made.sums) if keep else (None, None)
+    return made.output, _or_empty(made.final_state, v), _or_empty(starts, v), _or_empty(sums, v)
 
 
 @torch.library.register_fake("linear_moe::scalar_scan")
 def _(q, k, v, log_decay, initial_state, cu_seqlens, max_length, dense, scale, want_final, decay, keep):
     ragged = Ragged(cu_seqlens, max_length, dense)
+    starts, sums = _scan_kept_like(k, v, ragged, Decay(decay)) if keep else (None, None)
     return (
         torch.empty_like(v),
         _states_like(k, v, ragged.num_segments if want_final else None),
-        _scan_starts_like(k, v, ragged) if keep else _or_empty(None, v),
+        _or_empty(starts, v),
+        _or_empty(sums, v),
     )
 
 
 @operator("scalar_scan_backward")
 def _scalar_backward(
     d_output: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, max_length: int, dense: bool, scale: float,
-    want_decay: bool, decay: str,
+    initial_state: Tensor | None, cu_seqlens: Tensor, starts: Tensor, sums: Tensor, max_length: int, dense: bool,
+    scale: float, want_decay: bool, decay: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
         made = _scan_of(k, v).backward(
-            d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), Ragged(cu_seqlens, max_length, dense),
-            decay=Decay(decay), scale=scale, want_decay=want_decay,
+            d_output, d_final, q, k, v, log_decay, initial_state, _or_none(starts), _or_none(sums),
+            Ragged(cu_seqlens, max_length, dense), decay=Decay(decay), scale=scale, want_decay=want_decay,
         )  # fmt: skip
     return made.q, made.k, made.v, _or_empty(made.log_decay, v), _or_empty(made.initial_state, v)
 
@@ -137,6 +146,7 @@ def _(
     initial_state,
     cu_seqlens,
     starts,
+    sums,
     max_length,
     dense,
     scale,
@@ -152,11 +162,11 @@ def _(
 
 def _keep_for_scalar(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *tensors, ctx.max_length, ctx.dense, ctx.scale, ctx.want_final, ctx.decay, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, _: None) -> Tensors:
+def _scalar_gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -> Tensors:
     want_decay = ctx.needs_input_grad[3] and ctx.decay == Decay.SCALAR.value
     *dqkv, d_decay, d_initial = _scalar_backward(
         *_given(ctx, d_output, d_final), *ctx.saved_tensors, ctx.max_length, ctx.dense,
@@ -421,5 +431,5 @@ def scan(
     elif decay is Decay.VECTOR:
         output, final_state, *_ = _vector(q, k, v, log_decay, initial_state, *where, keep)
     else:
-        output, final_state, _ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value, keep)
+        output, final_state, *_ = _scalar(q, k, v, log_decay, initial_state, *where, decay.value, keep)
     return output, final_state if return_final_state else None

@@ -223,17 +223,19 @@ def piece_length(k: Tensor) -> int:
 
 def plan_of(
     k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged, *, chunk: int | None = None,
-    factors: Direction | None = None,
+    factors: Direction | None = None, sums: Tensor | None = None,
 ) -> Plan:  # fmt: skip
     """Pieces, whose log decays are summed up, along chunks too if they have a length, and walks.
 
-    `factors`: of walks in which direction they are wanted, if of any.
+    `factors`: of walks in which direction they are wanted, if of any. `sums`: the log decays', if they were made before.
     """
     num_tokens = v.shape[0]
     piece = piece_length(k)
     pieces, walks = ragged.cut_twice(num_tokens, piece, walk_length(k, v, ragged))
     inner = made = None
-    if decay is Decay.SCALAR:
+    if sums is not None:
+        log_decay = sums
+    elif decay is Decay.SCALAR:
         gates = gates_by_head(
             log_decay, None, pieces.borders, piece, chunk=chunk, exact=k.dtype == torch.float32,
             factors=factors,
@@ -344,7 +346,7 @@ def forward(
     read_pieces(plan.pieces, q, k, v, states, output, scale=scale, weights=None)
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
-    return Forward(output, final, states)
+    return Forward(output, final, states, plan.pieces.decays if decay is Decay.SCALAR else None)
 
 
 def backward(
@@ -356,6 +358,7 @@ def backward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     starts: Tensor,
+    sums: Tensor | None,
     ragged: Ragged,
     *,
     decay: Decay,
@@ -363,7 +366,7 @@ def backward(
     want_decay: bool,
 ) -> Backward:
     """As `linear_moe.kernels.scalar_scan.backward`."""
-    plan = plan_of(k, v, log_decay, decay, ragged)
+    plan = plan_of(k, v, log_decay, decay, ragged, sums=sums)
     # What the queries ask is written to the states' gradients without the scale, or float16 might not hold it.
     unscaled = None if d_final is None else d_final / scale
     ends, d_initial = _states(plan, q, d_output, unscaled, final=initial_state is not None, reverse=True)

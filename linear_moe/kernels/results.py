@@ -16,6 +16,8 @@ class Forward(NamedTuple):
     """`[N, H, K, V]` float32, if wanted."""
     starts: Tensor | None
     """`[P, H, K, V]`, the states that the backward pass starts from again, if there are any."""
+    sums: Tensor | None
+    """`[H, S]`, the sums of scalar log decays, if both passes take the same."""
 
 
 class Backward(NamedTuple):

@@ -61,6 +61,11 @@ def turns(decay: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     return fits and all(64 < width <= MOST_KEYS for width in (key_dim, value_dim))
 
 
+def takes_factors(k: Tensor, v: Tensor) -> bool:
+    """Whether a walk by a decay a token may be turned, and takes factors of tokens, which of either direction are others."""
+    return turns(SCALAR_DECAY.value, k.shape[2], v.shape[2], k.dtype)
+
+
 def walk_name(*, overlap: bool, reverse: bool, turned: bool = False) -> str:
     """Of a walk with an output: whether the decay gradient's part is made with it, and whether it goes back in time."""
     return ("overlap" if overlap else "turned" if turned else "output") + (" backwards" if reverse else "")
@@ -315,21 +320,22 @@ def piece_length(k: Tensor, v: Tensor, ragged: Ragged) -> int | None:
 
 
 def _walk_of(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged, direction: Direction
-) -> _Walk:
+    k: Tensor, v: Tensor, log_decay: Tensor | None, decay: Decay, ragged: Ragged, direction: Direction,
+    sums: Tensor | None = None,
+) -> _Walk:  # fmt: skip
+    """`sums`: the log decays', if they were made before."""
     chunk, kind, factors = chunk_length(k.dtype), DECAY_KINDS[decay], None
-    if decay is Decay.SCALAR:
+    if decay is Decay.SCALAR and sums is None:
         assert log_decay is not None
         # A piece is a multiple of a chunk: chunks of segments are chunks of pieces.
         chunks, splits = ragged.cut_twice(v.shape[0], chunk, piece_length(k, v, ragged))
-        wanted = turns(kind, k.shape[2], v.shape[2], k.dtype) and wants_factors(k.dtype)
-        gates = gates_by_head(
-            log_decay, None, chunks.borders, chunk, exact=k.dtype == torch.float32, factors=direction if wanted else None
-        )  # fmt: skip
-        log_decay, factors = gates.sums, gates.factors
+        wanted = direction if takes_factors(k, v) else None
+        gates = gates_by_head(log_decay, None, chunks.borders, chunk, exact=k.dtype == torch.float32, factors=wanted)
+        sums, factors = gates.sums, gates.factors
     else:
         splits = ragged.splits(v.shape[0], piece_length(k, v, ragged))
-    return _Walk(kind, log_decay, v.shape[1], splits, ragged.in_full(v.shape[0], chunk), factors, direction)
+    decays = log_decay if sums is None else sums
+    return _Walk(kind, decays, v.shape[1], splits, ragged.in_full(v.shape[0], chunk), factors, direction)
 
 
 def forward(
@@ -355,7 +361,9 @@ def forward(
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
     final = None if piece_ends is None else walk.splits.ends(piece_ends)
-    return Forward(output, final, starts.joined)
+    # Where factors are wanted, they are made with the sums.
+    sums = walk.decays if decay is Decay.SCALAR and walk.factors is None else None
+    return Forward(output, final, starts.joined, sums)
 
 
 def backward(
@@ -367,14 +375,15 @@ def backward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     joined: Tensor | None,
+    sums: Tensor | None,
     ragged: Ragged,
     *,
     decay: Decay,
     scale: float,
     want_decay: bool,
 ) -> Backward:
-    """The gradients of `forward`; `joined` as it returned it."""
-    walk = _walk_of(k, v, log_decay, decay, ragged, "backwards")
+    """The gradients of `forward`; `joined` and `sums` as it returned them."""
+    walk = _walk_of(k, v, log_decay, decay, ragged, "backwards", sums)
     starts = Starts(initial_state, joined, walk.splits)
     reverse_starts = _starts(walk, q, d_output, d_final, state_scale=scale, reverse=True)
     # A key head's gradient is the sum over the value heads that share it, in float32.

@@ -63,7 +63,7 @@ def forward(
     scale: float,
     want_final: bool,
 ) -> Forward:
-    """As `linear_moe.kernels.parallel_scan.forward`, without `starts`."""
+    """As `linear_moe.kernels.parallel_scan.forward`, without `starts` and `sums`."""
     launch = TABLE.pick(v.device, decay.value, k.shape[2], v.shape[2], k.dtype)
     factors: Direction | None = "forwards" if wants_factors(k.dtype) else None
     plan = plan_of(k, v, log_decay, decay, ragged, chunk=launch.chunk, factors=factors)
@@ -77,4 +77,4 @@ def forward(
     )  # fmt: skip
     if not ragged.dense:
         zero_uncovered(output, ragged.cu_seqlens)
-    return Forward(output, None if ends is None else plan.walks.ends(ends), None)
+    return Forward(output, None if ends is None else plan.walks.ends(ends), None, None)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, SCALAR_FORMS, Case, check_drawn
+from cases import DTYPES, SCALAR_FORMS, Case, check_drawn, draw, kernels, results
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
 from linear_moe.forms import Decay, Recurrence
 from linear_moe.kernels import blocks, decay_gradient, join, scalar_scan, scalar_walks
+from linear_moe.kernels.launch import recorded
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS, ids=str)
 
@@ -27,6 +28,17 @@ def test_drawn_shapes_are_within_the_budget(form: Recurrence, dtype: torch.dtype
 @every_law
 def test_it_holds(law: Law, dtype: torch.dtype, form: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
     law(form, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("K", [8, 80, 130])
+def test_decays_are_summed_once_for_both_passes(K: int) -> None:
+    case = Case(Recurrence(Decay.SCALAR), (70, 3), K=K, V=K, dtype=torch.float16)
+    inputs = draw(case)
+    # What a first pass has compiled ahead of it sums too.
+    results(kernels, case, inputs)
+    with recorded(blocks._by_head_kernel) as launches:
+        results(kernels, case, inputs)
+    assert len(launches) == 1
 
 
 WHOLE = Case(Recurrence(Decay.SCALAR), (34, 3), K=10, V=6, spare=4)

@@ -134,8 +134,9 @@ def test_what_torch_asks_of_an_operator_that_keeps_nothing(form: Recurrence) -> 
     given = (inputs["q"], inputs["k"], inputs["v"], inputs.get("log_decay"), inputs["initial_state"], case.cu_seqlens)
     arguments = (*given, case.max_length, True, 0.5, True, form.decay.value, False)
     torch.library.opcheck(library._scalar, arguments, test_utils=("test_schema", "test_faketensor"))
-    *_, starts = library._scalar(*arguments)
+    *_, starts, sums = library._scalar(*arguments)
     assert not starts.numel()
+    assert not sums.numel()
 
 
 @every_form
