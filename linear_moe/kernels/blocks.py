@@ -280,13 +280,19 @@ def strongest_decay(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constex
 
 
 @triton.jit
+def is_mild(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr):
+    """Whether decays of a walk can be factors of a token."""
+    return strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT
+
+
+@triton.jit
 def mild_chunks(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr, FACTORS: tl.constexpr):
     """How many chunks of a walk take decays as factors of a token, which FACTORS allows or not: all of them, or none."""
     chunks = tl.cdiv(size, CHUNK)
     if DECAY != NO_DECAY:
         chunks *= FACTORS
         if FACTORS:
-            chunks = tl.where(strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT, chunks, 0)
+            chunks = tl.where(is_mild(sums_ptr, rate, size, CHUNK, DECAY), chunks, 0)
     return chunks
 
 

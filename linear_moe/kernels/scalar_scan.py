@@ -17,7 +17,6 @@ from linear_moe.forms import Decay
 from linear_moe.kernels.blocks import (
     DECAY_KINDS,
     DECAY_NAMES,
-    HEAD_DECAY,
     NO_DECAY,
     SCALAR_DECAY,
     Direction,
@@ -63,7 +62,7 @@ def turns(decay: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 
 def takes_factors(k: Tensor, v: Tensor) -> bool:
     """Whether a walk by a decay a token may be turned, and takes factors of tokens, which of either direction are others."""
-    return turns(SCALAR_DECAY.value, k.shape[2], v.shape[2], k.dtype)
+    return turns(SCALAR_DECAY.value, k.shape[2], v.shape[2], k.dtype) and wants_factors(k.dtype)
 
 
 def walk_name(*, overlap: bool, reverse: bool, turned: bool = False) -> str:
@@ -124,10 +123,33 @@ class WritesLaunch(NamedTuple):
 
 WRITES_TABLE = LaunchTable(
     "scalar_scan.writes",
-    lambda decay, key_dim, value_dim, dtype: WritesLaunch(num_warps=4, num_stages=1),
-    lambda decay, key_dim, value_dim, dtype: {"num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    lambda way, decay, key_dim, value_dim, dtype: WritesLaunch(
+        num_warps=4, num_stages=3 if way == "mild" and dtype != torch.float32 else 1
+    ),
+    lambda way, decay, key_dim, value_dim, dtype: {"num_warps": (4, 8), "num_stages": (1, 2, 3)},
 )
-"""By the decay, K, V and the dtype. The chunk is that of the scan."""
+"""By which decays it takes ("mild" or "any"), the decay, K, V and the dtype. The chunk is that of the scan.
+
+At B32 T2048 H16 K = V = 64 on an H200 (torch 2.11, triton 3.6, bf16; ms of all launches) without a decay 0.215, with 1 stage
+0.229; with one a head 0.216, 0.236; with one a token 0.233, with 2 stages 0.273. Where any decay is taken 0.244 (a head) and
+0.260 (a token), with 2 stages 0.278. Both ways in one kernel: 0.229, 0.264. Loaded by descriptors, of which a program makes
+four in 4 us: 0.224, 0.240.
+"""
+
+MILD_CHUNKS = 8
+"""Of a piece, on average, for which mild decays have a launch of their own. Of shorter ones what that gains is less than what
+it takes every program to see that the other launch is not for it."""
+
+
+def writes_ways(decay: int, dtype: torch.dtype, piece: float) -> tuple[bool, ...]:
+    """Of each launch of the walk that makes dk and dv whether it is of mild decays; one alone takes what there is.
+
+    `piece`: the tokens of one, on average.
+    """
+    if decay == NO_DECAY.value:
+        return (True,)
+    long = piece >= MILD_CHUNKS * chunk_length(dtype)
+    return (True, False) if wants_factors(dtype) and long else (False,)
 
 
 def writes_together(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
@@ -137,16 +159,6 @@ def writes_together(key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     decay 0.295, 0.293, 0.302, 0.38; with one a head 0.294, 0.298, 0.303, 0.38; with one a token 0.305, 0.318, 0.304, 0.46.
     """
     return max(key_dim, value_dim) <= (16 if dtype == torch.float32 else 64)
-
-
-def writes_by_factors(decay: int, dtype: torch.dtype) -> bool:
-    """Whether dk and dv that are made together take mild decays as factors of a token, and not of every pair.
-
-    At B32 T2048 H16 K = V = 64 on an H200 (torch 2.11, triton 3.6, bf16; ms of the walk) with a decay a head 0.237, of pairs
-    0.248. With one a token 0.253, of pairs 0.264, if a kernel has one way alone; with both it spills, and a whole pass takes
-    0.638 for 0.627.
-    """
-    return decay == HEAD_DECAY.value and wants_factors(dtype)
 
 
 class _Walk(NamedTuple):
@@ -261,37 +273,41 @@ def _writes(
     written = None
     if want_decay:
         written = torch.empty(1, walk.heads, num_tokens, dtype=torch.float32, device=v.device)
-    launch = WRITES_TABLE.pick(v.device, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
-    launch_kernel(
-        writes_kernel,
-        walk.splits.num_pieces * walk.heads,
-        q,
-        k,
-        v,
-        d_output,
-        walk.decays,
-        dk,
-        dv,
-        *starts.arguments(),
-        final,
-        written,
-        *walk.splits.all.arguments(),
-        num_tokens,
-        scale,
-        HEADS=walk.heads,
-        K_HEADS=k.shape[1],
-        K=key_dim,
-        V=value_dim,
-        CHUNK=chunk_length(k.dtype),
-        K_BLOCK=block_of(key_dim),
-        V_BLOCK=block_of(value_dim),
-        DECAY=walk.kind,
-        FACTORS=writes_by_factors(walk.kind, k.dtype),
-        IN_FULL=walk.in_full,
-        PRECISION=precision_of(k.dtype),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    ways = writes_ways(walk.kind, k.dtype, num_tokens / max(walk.splits.num_pieces, 1))
+    for mild in ways:
+        way = "mild" if mild else "any"
+        launch = WRITES_TABLE.pick(v.device, way, DECAY_NAMES[walk.kind], key_dim, value_dim, k.dtype)
+        launch_kernel(
+            writes_kernel,
+            walk.splits.num_pieces * walk.heads,
+            q,
+            k,
+            v,
+            d_output,
+            walk.decays,
+            dk,
+            dv,
+            *starts.arguments(),
+            final,
+            written,
+            *walk.splits.all.arguments(),
+            num_tokens,
+            scale,
+            HEADS=walk.heads,
+            K_HEADS=k.shape[1],
+            K=key_dim,
+            V=value_dim,
+            CHUNK=chunk_length(k.dtype),
+            K_BLOCK=block_of(key_dim),
+            V_BLOCK=block_of(value_dim),
+            DECAY=walk.kind,
+            MILD=mild,
+            ALONE=len(ways) == 1,
+            IN_FULL=walk.in_full,
+            PRECISION=precision_of(k.dtype),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return written
 
 

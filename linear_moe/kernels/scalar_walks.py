@@ -23,15 +23,15 @@ import triton
 import triton.language as tl
 
 from linear_moe.kernels.blocks import (
-    HEAD_DECAY,
     LOG2E,
     NO_DECAY,
+    SCALAR_DECAY,
     decay_between,
     decay_of,
     decay_where,
+    is_mild,
     load_rows,
     load_start,
-    mild_chunks,
     rate_of,
     rows_left,
     state_offsets,
@@ -164,21 +164,69 @@ def scan_kernel(
 
 
 @triton.jit
-def walk_writes(
-    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, begin, end, size, head, num_tokens,
-    scale, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-    K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DECAY: tl.constexpr, MILD: tl.constexpr, IN_FULL: tl.constexpr,
+def writes_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    decay_ptr,
+    dk_ptr,
+    dv_ptr,
+    initial_ptr,
+    joined_ptr,
+    owner_ptr,
+    first_ptr,
+    final_ptr,
+    written_ptr,
+    borders_ptr,
+    borders_stride,
+    order_ptr,
+    num_tokens,
+    scale,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    MILD: tl.constexpr,
+    ALONE: tl.constexpr,
+    IN_FULL: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state's gradient after `begin` to `end` of the chunks, back in time, whose dk and dv are stored."""
+):
+    """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. The state's
+    gradient lies in shared memory for the one product and, transposed, for the other.
+
+    `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
+    pointer leaves its part out. MILD: whether decays are mild, and factors of a token, as in `linear_moe.kernels.turned_scan`,
+    here of do, seen from a chunk's start; else they are of pairs. Both ways in one kernel would take the registers of both:
+    unless it is ALONE, another launch takes the walks whose decays are not of its kind.
+    """
+    _, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, 1)
+    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
+    if not ALONE:
+        sums_ptr = decay_ptr
+        if DECAY == SCALAR_DECAY:
+            sums_ptr += head.to(tl.int64) * num_tokens + start
+        if is_mild(sums_ptr, rate, size, CHUNK, DECAY) != MILD:
+            return
     k_head = head // (HEADS // K_HEADS)
     rows = tl.arange(0, CHUNK)
     keys = tl.arange(0, K_BLOCK)
     values = tl.arange(0, V_BLOCK)
     dtype = k_ptr.dtype.element_ty
     seen = rows[:, None] <= rows[None, :]
-    for step in range(begin, end):
-        done = (tl.cdiv(size, CHUNK) - 1 - step) * CHUNK
+    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    state = load_start(
+        initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True
+    )  # fmt: skip
+    state /= scale
+    num_chunks = tl.cdiv(size, CHUNK)
+    for step in range(num_chunks):
+        done = (num_chunks - 1 - step) * CHUNK
         first = start + done
         num_rows = rows_left(size, done, CHUNK, IN_FULL)
         valid = rows < num_rows
@@ -216,6 +264,8 @@ def walk_writes(
             dv *= before
         if written_ptr is not None:
             written += tl.sum(dv * v.to(tl.float32), 1)
+            if MILD:
+                written *= made
             tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
         dv = tl.dot(asked.to(dtype), do, acc=dv, input_precision=PRECISION)
         dk = tl.dot(v, tl.trans(rounded), input_precision=PRECISION)
@@ -234,70 +284,5 @@ def walk_writes(
             dk *= scale
         store_rows(dv_ptr, dv, first, head, HEADS, V, rows, values, valid)
         store_rows(dk_ptr, dk, first, head, HEADS, K, rows, keys, valid)
-    return state
-
-
-@triton.jit
-def writes_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    decay_ptr,
-    dk_ptr,
-    dv_ptr,
-    initial_ptr,
-    joined_ptr,
-    owner_ptr,
-    first_ptr,
-    final_ptr,
-    written_ptr,
-    borders_ptr,
-    borders_stride,
-    order_ptr,
-    num_tokens,
-    scale,
-    HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    DECAY: tl.constexpr,
-    FACTORS: tl.constexpr,
-    IN_FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Both dk and dv in one walk back, where one program has all channels of both: q, k, v and do are read once. The state's
-    gradient lies in shared memory for the one product and, transposed, for the other.
-
-    `initial` and `final`: the gradients of the last and the first state. `written`: <dv, v> without a token's own pair. A null
-    pointer leaves its part out. FACTORS: whether mild decays, constant ones, are factors of a token, as in
-    `linear_moe.kernels.turned_scan`, here of do, seen from a chunk's start.
-    """
-    _, head, piece, start, size = walk_at(order_ptr, borders_ptr, borders_stride, HEADS, 1)
-    keys = tl.arange(0, K_BLOCK)
-    values = tl.arange(0, V_BLOCK)
-    state_at = state_offsets(piece, head, HEADS, keys, values, K, V, False)
-    in_state = (keys < K)[:, None] & (values < V)[None, :]
-    state = load_start(
-        initial_ptr, joined_ptr, owner_ptr, first_ptr, piece, head, HEADS, keys, values, K, V, False, True
-    )  # fmt: skip
-    state /= scale
-    rate = rate_of(decay_ptr, head, DECAY, PRECISION)
-    num_chunks = tl.cdiv(size, CHUNK)
-    tl.static_assert((not FACTORS) or (DECAY == HEAD_DECAY), "other decays are taken of every pair")
-    mild = mild_chunks(decay_ptr, rate, size, CHUNK, DECAY, FACTORS)
-    if FACTORS or DECAY == NO_DECAY:
-        state = walk_writes(
-            q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, 0, mild, size, head,
-            num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, True, IN_FULL, PRECISION,
-        )  # fmt: skip
-    if DECAY != NO_DECAY:
-        state = walk_writes(
-            q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, dk_ptr, dv_ptr, written_ptr, state, rate, start, mild, num_chunks, size,
-            head, num_tokens, scale, HEADS, K_HEADS, K, V, CHUNK, K_BLOCK, V_BLOCK, DECAY, False, IN_FULL, PRECISION,
-        )  # fmt: skip
     if final_ptr is not None:
         tl.store(final_ptr + state_at, scale * state, mask=in_state)

@@ -37,8 +37,9 @@ CHECKED = (2048, 0, 500, 70, 1)
 """Lengths of the segments that results are checked on: long ones that are split, none, and less than a chunk; then 5 tokens in
 none."""
 
-FULL = (256, 256)
-"""Lengths that are whole chunks and stored pieces, whose kernels have no masks: checked too where those are timed."""
+FULL = (512, 512)
+"""Lengths that are whole chunks and stored pieces, whose kernels have no masks, and long enough for all of them: checked too
+where those are timed."""
 
 DELTA_GRADIENTS = {"writes": piece_gradients.delta_writes_kernel, "reads": piece_gradients.delta_reads_kernel}
 
@@ -115,7 +116,11 @@ class ScanWork:
             scans.append(Entry(scalar_scan.TABLE, (name, decay, keys, columns, self.dtype), kernel, walked))
         if not together:
             return scans
-        return [*scans, Entry(scalar_scan.WRITES_TABLE, (decay, K, V, self.dtype), scalar_walks.writes_kernel, sizes)]
+        # The timed decays are mild: of a launch for others every program ends where it begins.
+        mild = scalar_scan.writes_ways(DECAY_KINDS[self.form.decay], self.dtype, self._length)[0]
+        arguments = ("mild" if mild else "any", decay, K, V, self.dtype)
+        writes = Entry(scalar_scan.WRITES_TABLE, arguments, scalar_walks.writes_kernel, {**sizes, "MILD": mild})
+        return [*scans, writes]
 
     def _reads(self, weighted: str, gradients: dict[str, Any], *, in_the_walk: bool = False) -> list[Entry]:
         """Of what reads from stored states: the output, unless the walk reads it, and the gradients."""

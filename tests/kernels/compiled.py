@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, compile
 
 from linear_moe import kernels
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import library
+from linear_moe.kernels import library, scalar_scan
 from linear_moe.rules.registry import get_rule, rule_names
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -111,6 +111,8 @@ def compile_all(
     rules: list[str], dims: list[int], shapes: list[str], threads: int, only: list[str] | None = None
 ) -> dict[tuple[object, ...], Future[Any]]:
     """What the scans of these rules would launch, of all kernels or of some."""
+    # Pieces of these sequences are short for a launch for mild decays.
+    scalar_scan.MILD_CHUNKS = 0
     compiler = Compiler(threads, only)
     for module in pkgutil.iter_modules(kernels.__path__):
         imported = importlib.import_module(f"{kernels.__name__}.{module.name}")

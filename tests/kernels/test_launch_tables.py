@@ -190,7 +190,7 @@ def arguments_of(
     else:
         made = ("output", "output backwards", "overlap", "overlap backwards", "turned", "turned backwards", "states")
         entries += [(scalar_scan.TABLE, (name, decay, *way, dtype)) for name in made for way in ways]
-        entries += [(scalar_scan.WRITES_TABLE, (decay, K, V, dtype))]
+        entries += [(scalar_scan.WRITES_TABLE, (which, decay, K, V, dtype)) for which in ("mild", "any")]
         entries += [(parallel_scan.TABLE, (decay, *way, dtype)) for way in ways]
         entries += [(piece_reads.TABLE, (decay, "plain", K, V, dtype)), (wide_scan.TABLE, (decay, K, V, dtype))]
     if form.decay is not Decay.VECTOR:

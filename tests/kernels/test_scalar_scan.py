@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, SCALAR_FORMS, Case, check_drawn, draw, kernels, results
+from cases import DTYPES, SCALAR_FORMS, Case, check, check_drawn, draw, kernels, results
 from scan_laws import Law, every_law
 from seeding import Bug, assert_caught, in_the_interpreter
 
@@ -16,6 +16,12 @@ from linear_moe.kernels import blocks, decay_gradient, join, scalar_scan, scalar
 from linear_moe.kernels.launch import recorded
 
 every_form = pytest.mark.parametrize("form", SCALAR_FORMS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _pieces_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a launch for mild decays, in the dtypes that have one."""
+    monkeypatch.setattr(scalar_scan, "MILD_CHUNKS", 0)
 
 
 @every_form
@@ -41,6 +47,46 @@ def test_decays_are_summed_once_for_both_passes(K: int) -> None:
     assert len(launches) == 1
 
 
+@every_form
+@pytest.mark.parametrize(("lengths", "ways"), [((300, 212), (True, False)), ((255, 256), (False,)), ((0,), (False,))])
+def test_mild_decays_of_long_pieces_have_a_launch_of_their_own(
+    form: Recurrence, lengths: tuple[int, ...], ways: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    case = Case(form, lengths, K=8, V=8, heads=8, initial=False, final=False)
+    inputs = draw(case)
+    results(kernels, case, inputs)
+    with recorded(scalar_walks.writes_kernel) as launches:
+        check(case, inputs)
+    expected = (True,) if form.decay is Decay.NONE else ways
+    assert tuple(launch.options["MILD"] for launch in launches) == expected
+    assert all(launch.options["ALONE"] == (len(expected) == 1) for launch in launches)
+
+
+@pytest.mark.parametrize("decay", [Decay.NONE, Decay.HEAD, Decay.SCALAR])
+def test_float16_has_no_room_for_mild_decays(decay: Decay) -> None:
+    kind = blocks.DECAY_KINDS[decay]
+    assert scalar_scan.writes_ways(kind, torch.float16, 1e6) == (decay is Decay.NONE,)
+
+
+@pytest.mark.parametrize("place", [0, 100, 199])
+def test_one_strong_chunk_among_mild_ones(place: int) -> None:
+    """Its walk is of any decays, and those beside it are of mild ones."""
+    case = Case(Recurrence(Decay.SCALAR), (200, 30), heads=2, rate=0.01)
+    inputs = draw(case)
+    with torch.no_grad():
+        inputs["log_decay"][place, 1] = -200.0
+    check(case, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(512, 512), (300, 0, 700, 1), (5000,)], ids=["in full", "ragged", "cut"])
+@pytest.mark.parametrize("rate", [0.01, 1.0, 20.0])
+@every_form
+def test_heads_of_64_in_bfloat16(form: Recurrence, rate: float, lengths: tuple[int, ...]) -> None:
+    check(Case(form, lengths, heads=4, key_heads=2, K=64, V=64, rate=rate, dtype=torch.bfloat16))
+
+
 WHOLE = Case(Recurrence(Decay.SCALAR), (34, 3), K=10, V=6, spare=4)
 CUT = replace(WHOLE, lengths=(2, 105), rate=0.1)
 # Pieces of two chunks.
@@ -51,7 +97,7 @@ HEADS = replace(WHOLE, lengths=(3, 2, 2, 3), heads=4, key_heads=2)
 # The gradients of keys and values in a walk each.
 WIDE = replace(WHOLE, K=20, V=18)
 STRONG = replace(CONSTANT, rate=400.0)
-# What mild decays do in the other loop, which float16 takes always.
+# What mild decays do in the other way, which float16 takes always.
 PAIRS = replace(CONSTANT, dtype=torch.float16)
 CLEAN = {
     "strong": STRONG,
@@ -107,6 +153,9 @@ BUGS = {
         Bug(scalar_walks, "dk *= (scale * made)[:, None]", "dk *= scale"),
     ),
     "strong decays of writes taken for mild ones": (STRONG, Bug(blocks, ">= -LIMIT", ">= -1e9")),
+    "nobody walks what is strong": (STRONG, Bug(scalar_scan, "(True, False) if wants", "(True,) if wants")),
+    "nobody walks what is mild": (WHOLE, Bug(scalar_walks, "DECAY) != MILD:", "DECAY) != False:")),
+    "what a token wrote does not fade": (WHOLE, Bug(scalar_walks, "written *= made", "pass")),
     "float16 given no room for writes": (
         replace(PAIRS, lengths=(64, 3), rate=40.0, initial=False),
         Bug(blocks, "dtype != torch.float16", "True"),
@@ -123,7 +172,7 @@ BUGS = {
     "the state is not added to": (WHOLE, Bug(scalar_walks, "(tl.trans(k), v, acc=state,", "(tl.trans(k), v,")),
     "the state's scale forgotten": (WIDE, Bug(scalar_walks, "state_scale * state, mask", "state, mask")),
     "backwards as forwards": (WIDE, Bug(scalar_walks, "num_chunks - 1 - step if BACKWARDS else step", "step")),
-    "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "(tl.cdiv(size, CHUNK) - 1 - step)", "step")),
+    "writes backwards as forwards": (WHOLE, Bug(scalar_walks, "(num_chunks - 1 - step)", "step")),
     "a piece's writes fade by their chunk alone": (LONG, Bug(scalar_walks, "decay_of(left + reach)", "decay_of(left)")),
     "a split's carry lost": (CUT, Bug(join, "state = tl.exp(total) * state + ", "state = ")),
     "a split's start forgotten": (CUT, Bug(blocks, "(piece != outermost) & (piece <= last)", "piece < 0")),
@@ -160,10 +209,10 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, seeded = BUGS[bug]
-    assert_caught(scalar_scan, seeded, case, tmp_path, monkeypatch)
+    assert_caught(scalar_scan, seeded, case, tmp_path, monkeypatch, MILD_CHUNKS=0)
 
 
 @in_the_interpreter
 @pytest.mark.parametrize("case", CLEAN.values(), ids=CLEAN)
 def test_a_copy_without_a_bug_keeps_the_budget(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_caught(scalar_scan, None, case, tmp_path, monkeypatch)
+    assert_caught(scalar_scan, None, case, tmp_path, monkeypatch, MILD_CHUNKS=0)
