@@ -37,7 +37,7 @@ CHECKED = (2048, 0, 500, 70, 1)
 """Lengths of the segments that results are checked on: long ones that are split, none, and less than a chunk; then 5 tokens in
 none."""
 
-FULL = (512, 512)
+FULL = (256, 256)
 """Lengths that are whole chunks and stored pieces, whose kernels have no masks, and long enough for all of them: checked too
 where those are timed."""
 
