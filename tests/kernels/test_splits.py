@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import DEVICE
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from linear_moe.kernels.join import Starts, join, join_affine
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.splits import Ragged, Splits, cut, num_pieces, split_length, whole
 from linear_moe.testing.budget import assert_within_budget
+
+drawn = settings(max_examples=40 if DEVICE == "cpu" else 100)
 
 
 def borders_of(lengths: list[int]) -> Tensor:
@@ -60,6 +62,7 @@ def assert_parted(splits: Splits) -> None:
     assert splits.several.tolist() == [x if i in several else [0, 0] for i, x in enumerate(borders)]
 
 
+@drawn
 @given(
     lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
     length=st.integers(1, 30),
@@ -85,6 +88,7 @@ def test_no_segment_is_cut_where_the_longest_is_not_worth_it(longest: int) -> No
     assert_parted(splits)
 
 
+@drawn
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 20, 21, 40, 100]), min_size=1, max_size=20),
     worth=st.sampled_from([39, 40, 1000]),
@@ -117,6 +121,7 @@ def test_many_segments(longest: int) -> None:
     assert_parted(splits)
 
 
+@drawn
 @given(count=st.integers(1, 5), segment=st.integers(0, 40), length=st.integers(1, 30))
 def test_pieces_of_a_batch_need_no_look_at_its_borders(count: int, segment: int, length: int) -> None:
     borders, total = borders_of([segment] * count), count * segment
@@ -137,11 +142,13 @@ def test_pieces_of_a_batch_are_made_once_and_outlive_inference_mode() -> None:
     assert Ragged(borders_of([90, 90]), 90, dense=False).pieces(180, 31).borders is not first.borders
 
 
+@drawn
 @given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4), small=st.integers(1, 9), times=st.integers(1, 5))
 def test_the_smaller_piece_that_each_begins_with(lengths: list[int], small: int, times: int) -> None:
     assert_cut_twice(Ragged(borders_of(lengths), max(lengths), dense=False), sum(lengths), small, times)
 
 
+@drawn
 @given(length=st.integers(1, 90), count=st.integers(1, 4), small=st.integers(1, 9), times=st.integers(1, 5))
 def test_the_smaller_piece_that_each_of_a_batch_begins_with(length: int, count: int, small: int, times: int) -> None:
     assert_cut_twice(Ragged(borders_of(count * [length]), length, dense=True), count * length, small, times)
@@ -169,6 +176,7 @@ def test_whole_segments() -> None:
     assert not splits.cut
 
 
+@drawn
 @given(
     num_tokens=st.integers(0, 10**7),
     share=st.floats(0, 1),
