@@ -5,6 +5,7 @@ Kernels are the same, and so is every number. The names are the interpreter's ow
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
@@ -94,7 +95,7 @@ def _make_shapes_once() -> None:
 
 def _call_builtins_at_once() -> None:
     """A builtin is called through two functions that see to one argument, and asks of every other argument in four ways whether
-    it is a constant.
+    it is a constant. And at every launch all names of the language are gone through to find which are builtins.
     """
     core, unwrap = interpreter.tl.core, interpreter.tl.core._unwrap_if_constexpr
     plain = {core.tensor, int, float, bool, str, type(None)}
@@ -102,16 +103,25 @@ def _call_builtins_at_once() -> None:
     def unwrapped(x: Any) -> Any:
         return x if type(x) in plain else x.value if type(x) is core.constexpr else unwrap(x)
 
-    def patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    def direct(member: Any) -> Callable[..., Any]:
         function = getattr(member, "__wrapped__", member)
 
         def call(*arguments: Any, **options: Any) -> Any:
             options["_semantic"] = interpreter.interpreter_semantic
             return function(*arguments, **options)
 
-        scope.set_attr(owner, name, call)
+        return call
 
-    core._unwrap_if_constexpr, interpreter._patch_attr = unwrapped, patch_attribute
+    builtins_of: dict[Any, list[tuple[str, Callable[..., Any]]]] = {}
+
+    def patch_builtins(owner: Any, builder: Any, scope: Any) -> None:
+        if owner not in builtins_of:
+            members = inspect.getmembers(owner)
+            builtins_of[owner] = [(name, direct(member)) for name, member in members if core.is_builtin(member)]
+        for name, call in builtins_of[owner]:
+            scope.set_attr(owner, name, call)
+
+    core._unwrap_if_constexpr, interpreter._patch_builtin = unwrapped, patch_builtins
 
 
 def _compute_with_what_is_alike() -> None:
