@@ -285,17 +285,6 @@ def is_mild(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr):
     return strongest_decay(sums_ptr, rate, size, CHUNK, DECAY) >= -LIMIT
 
 
-@triton.jit
-def mild_chunks(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr, FACTORS: tl.constexpr):
-    """How many chunks of a walk take decays as factors of a token, which FACTORS allows or not: all of them, or none."""
-    chunks = tl.cdiv(size, CHUNK)
-    if DECAY != NO_DECAY:
-        chunks *= FACTORS
-        if FACTORS:
-            chunks = tl.where(is_mild(sums_ptr, rate, size, CHUNK, DECAY), chunks, 0)
-    return chunks
-
-
 def wants_factors(dtype: torch.dtype) -> bool:
     """Whether the dtype has room for what a mild decay scales."""
     return dtype != torch.float16

@@ -46,9 +46,9 @@ from linear_moe.kernels.blocks import (
     decay_between,
     decay_of,
     decay_where,
+    is_mild,
     load_numbers,
     load_start,
-    mild_chunks,
     precision_of,
     rate_of,
     rows_left,
@@ -215,6 +215,17 @@ def walk(
         if HALVES == 2:
             high *= late
     return low, high
+
+
+@triton.jit
+def mild_chunks(sums_ptr, rate, size, CHUNK: tl.constexpr, DECAY: tl.constexpr, FACTORS: tl.constexpr):
+    """How many chunks of a walk take decays as factors of a token, which FACTORS allows or not: all of them, or none."""
+    chunks = tl.cdiv(size, CHUNK)
+    if DECAY != NO_DECAY:
+        chunks *= FACTORS
+        if FACTORS:
+            chunks = tl.where(is_mild(sums_ptr, rate, size, CHUNK, DECAY), chunks, 0)
+    return chunks
 
 
 @triton.jit
