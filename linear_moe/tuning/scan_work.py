@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -116,11 +117,19 @@ class ScanWork:
             scans.append(Entry(scalar_scan.TABLE, (name, decay, keys, columns, self.dtype), kernel, walked))
         if not together:
             return scans
-        # The timed decays are mild: of a launch for others every program ends where it begins.
-        mild = scalar_scan.writes_ways(DECAY_KINDS[self.form.decay], self.dtype, self._length)[0]
-        arguments = ("mild" if mild else "any", decay, K, V, self.dtype)
-        writes = Entry(scalar_scan.WRITES_TABLE, arguments, scalar_walks.writes_kernel, {**sizes, "MILD": mild})
-        return [*scans, writes]
+        # Which are launched is seen when pieces are cut: long ones or short. The timed decays are mild: beside a launch for
+        # them the other's programs end where they begin.
+        kind = DECAY_KINDS[self.form.decay]
+        there = {mild for piece in (math.inf, 0) for mild in scalar_scan.writes_ways(kind, self.dtype, piece)}
+        kinds = {"mild": {"MILD": True}, "any": {"MILD": False, "ALONE": True}}
+        writes = [
+            Entry(
+                scalar_scan.WRITES_TABLE, (name, decay, K, V, self.dtype), scalar_walks.writes_kernel, {**sizes, **only}
+            )
+            for name, only in kinds.items()
+            if only["MILD"] in there
+        ]
+        return [*scans, *writes]
 
     def _reads(self, weighted: str, gradients: dict[str, Any], *, in_the_walk: bool = False) -> list[Entry]:
         """Of what reads from stored states: the output, unless the walk reads it, and the gradients."""

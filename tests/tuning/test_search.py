@@ -14,7 +14,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from linear_moe.forms import Decay, Erase, Recurrence
-from linear_moe.kernels import decode_projections, delta_forward, launch_findings, piece_reads
+from linear_moe.kernels import (
+    decode_projections,
+    delta_forward,
+    launch_findings,
+    piece_reads,
+    scalar_scan,
+    scalar_walks,
+)
 from linear_moe.kernels.launch import Launched, launch_kernel, recorded
 from linear_moe.kernels.launch_findings import Machine
 from linear_moe.kernels.launch_tables import LaunchTable, trying
@@ -256,6 +263,20 @@ def test_a_real_kernel_is_searched() -> None:
     outcome = search(work, entry, lambda passes: [0.5 if p[0].options["V_TILE"] == 16 else 1.0 for p in passes])
     assert not outcome.dropped
     assert outcome.found is not None and outcome.found.value_tile == 16
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("heads", "way"), [(16, "mild"), (1, "any")], ids=["long pieces", "short pieces"])
+def test_gradients_of_narrow_heads_are_tuned_as_they_are_launched(heads: int, way: str) -> None:
+    """Of few heads a sequence is cut into pieces too short for a launch for mild decays."""
+    work = ScanWork(Recurrence(Decay.SCALAR), 16, 16, torch.float32, CPU, tokens=128, heads=heads, checked=(9, 0))
+    entries = [entry for entry in work.entries() if entry.table is scalar_scan.WRITES_TABLE]
+    assert [entry.arguments[0] for entry in entries] == ["mild", "any"]
+    with recorded(scalar_walks.writes_kernel, dry=True) as launches:
+        work.run()
+    made = [entry.arguments[0] for entry in entries for x in launches if entry.constants.items() <= x.options.items()]
+    assert made == [way]
 
 
 @in_the_interpreter
