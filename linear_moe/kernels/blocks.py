@@ -309,6 +309,16 @@ def sigmoids(z):
 
 
 @triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    """The product x y in float32; `ieee`: in float64, as `sum_of_products`."""
+    if PRECISION == "ieee":
+        made = tl.dot(x.to(tl.float64), y.to(tl.float64), out_dtype=tl.float64)
+    else:
+        made = tl.dot(x, y, input_precision=PRECISION)
+    return made
+
+
+@triton.jit
 def sum_of_products(x, y, sum, PRECISION: tl.constexpr):
     """A sum with x y added, y rounded to the dtype of x; `ieee`: in float64, and left so. A GPU adds the terms of a float32
     product one after another to the sum, each rounded at its size; and what is erased of what was written can leave a small

@@ -81,6 +81,14 @@ def _decay_gradient_kernel(
         carry += tl.sum(amount, 0)
 
 
+def new_sums(tiles: int, heads: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[tiles, H, S]`, what walks leave behind for a decay's gradient: float32, and of inputs in float32 float64. The gradient
+    is a sum over all tokens of their differences, and of what each is rounded.
+    """
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    return torch.empty(tiles, heads, num_tokens, dtype=wide, device=device)
+
+
 def _heads_together(num_pieces: int, heads: int, device: torch.device) -> int:
     """Heads of a program."""
     wanted = num_processors(device) // 2
@@ -93,8 +101,8 @@ def decay_gradient(
     """The gradient of the log decays `[S, H]` float32; 0 for tokens in no piece.
 
     Args:
-        read: `[tiles, H, S]` float32, to be summed over tiles: <q, dq> without a token's own pair, and what an erase reads.
-        written: `[tiles, H, S]` float32: the same of what a token wrote, <v, dv> or <k, dk>.
+        read: `new_sums`, to be summed over tiles: <q, dq> without a token's own pair, and what an erase reads.
+        written: the same of what a token wrote, <v, dv> or <k, dk>.
         starts: S_0, the state that each piece starts from.
         ends: `[P, H, K, V]` float32, dS_0, its gradient, or None where no piece starts from any.
         borders: `[P, 2]` int64.

@@ -37,6 +37,7 @@ from linear_moe.kernels.blocks import (
     load_start,
     part_of,
     piece_of,
+    product,
     rows_left,
     state_offsets,
     store_rows,
@@ -566,8 +567,9 @@ def gradients_kernel(
         known = scale * products_with_found(
             do_ptr, v_ptr, wrong_ptr, start, head, HEADS, V, rows, valid, tile * COLUMNS, NUM_TILES * COLUMNS, COLUMNS
         )
-    reads, erases = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, CHUNK), tl.float32)
-    dq, erased, dk = (tl.zeros((CHUNK, TILE), tl.float32),) * 3
+    WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+    reads, erases = tl.zeros((CHUNK, CHUNK), WIDE), tl.zeros((CHUNK, CHUNK), WIDE)
+    dq, erased, dk = (tl.zeros((CHUNK, TILE), WIDE),) * 3
     for first in range(0, V, COLUMNS):
         values = first + tl.arange(0, COLUMNS)
         do = load_rows(do_ptr, start, head, HEADS, V, rows, values, valid)
@@ -577,11 +579,11 @@ def gradients_kernel(
         in_state = (keys < K)[:, None] & (values < V)[None, :]
         state = tl.load(states_ptr + state_at, mask=in_state, other=0.0)
         end = tl.load(ends_ptr + state_at, mask=in_state, other=0.0)
-        reads = tl.dot(do, tl.trans(wrong), acc=reads, input_precision=PRECISION)
-        erases = tl.dot(dv, tl.trans(wrong), acc=erases, input_precision=PRECISION)
-        dq = tl.dot(do, tl.trans(state), acc=dq, input_precision=PRECISION)
-        erased = tl.dot(dv, tl.trans(state), acc=erased, input_precision=PRECISION)
-        dk = tl.dot(wrong, tl.trans(end), acc=dk, input_precision=PRECISION)
+        reads = sum_of_products(do, tl.trans(wrong), reads, PRECISION)
+        erases = sum_of_products(dv, tl.trans(wrong), erases, PRECISION)
+        dq = sum_of_products(do, tl.trans(state), dq, PRECISION)
+        erased = sum_of_products(dv, tl.trans(state), erased, PRECISION)
+        dk = sum_of_products(wrong, tl.trans(end), dk, PRECISION)
     q = load_rows(q_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
     k = load_rows(k_ptr, start, k_head, K_HEADS, K, rows, keys, valid)
     beta = tl.load(beta_ptr + at, mask=valid, other=0.0)
@@ -607,8 +609,8 @@ def gradients_kernel(
         # decay all that is along the key is put right anyway (`linear_moe.kernels.delta_along_keys`).
         along += tl.sum(exact, 1) - tl.sum(reads.to(tl.float32), 1)
     erases = (pairs * erases).to(dtype)
-    dq = tl.dot(reads, k, acc=(scale * from_start)[:, None] * dq, input_precision=PRECISION)
-    erased = tl.dot(erases, k, acc=from_start[:, None] * erased, input_precision=PRECISION)
+    dq = sum_of_products(reads, k, (scale * from_start)[:, None] * dq, PRECISION)
+    erased = sum_of_products(erases, k, from_start[:, None] * erased, PRECISION)
     key = k.to(tl.float32)
     if read_ptr is not None:
         overlap = tl.sum(q.to(tl.float32) * dq, 1) - tl.sum(key * erased, 1)
@@ -621,8 +623,8 @@ def gradients_kernel(
         else:
             tl.store(missed_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, missed, mask=valid)
     store_rows(dq_ptr, dq + (own + along)[:, None] * key, start, head, HEADS, K, rows, keys, valid)
-    dk = tl.dot(tl.trans(reads), q, acc=to_end[:, None] * dk, input_precision=PRECISION)
-    dk = dk - tl.dot(tl.trans(erases), k, input_precision=PRECISION)
+    dk = sum_of_products(tl.trans(reads), q, to_end[:, None] * dk, PRECISION)
+    dk = dk - product(tl.trans(erases), k, PRECISION)
     if written_ptr is not None:
         overlap = tl.sum(key * dk, 1)
         tl.store(written_ptr + tile.to(tl.int64) * HEADS * num_tokens + at, overlap, mask=valid)

@@ -34,7 +34,7 @@ from linear_moe.kernels.blocks import (
     tile_of,
     zero_uncovered,
 )
-from linear_moe.kernels.decay_gradient import decay_gradient
+from linear_moe.kernels.decay_gradient import decay_gradient, new_sums
 from linear_moe.kernels.delta_along_keys import MOST_TOGETHER, settle_kernel, settle_tiles_kernel
 from linear_moe.kernels.delta_walks import (
     forward_kernel,
@@ -525,7 +525,7 @@ def _gradients(
     tiles = cdiv(key_dim, tile)
     overlaps = None
     if walk.decays is not None:
-        overlaps = ScanOverlaps(*torch.empty(2, tiles, heads, num_tokens, dtype=torch.float32, device=k.device))
+        overlaps = ScanOverlaps(*(new_sums(tiles, heads, num_tokens, k.dtype, k.device) for _ in range(2)))
     # In 16 bits, without a decay, what is along a key is put right: where a program has all keys at once.
     settles = overlaps is None and k.dtype != torch.float32
     missed = walk.beta.new_empty(tiles, *walk.beta.shape) if settles and tiles > 1 else None

@@ -435,7 +435,7 @@ def delta_reads_kernel(
 
 
 class ScanOverlaps(NamedTuple):
-    """Of what a decay's gradient is made, `[tiles, H, S]` float32 each: of reads and of writes, to be summed over tiles."""
+    """Of what a decay's gradient is made, `[tiles, H, S]` each: of reads and of writes, to be summed over tiles."""
 
     read: Tensor
     written: Tensor

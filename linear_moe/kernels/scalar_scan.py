@@ -32,7 +32,7 @@ from linear_moe.kernels.blocks import (
     wants_factors,
     zero_uncovered,
 )
-from linear_moe.kernels.decay_gradient import decay_gradient
+from linear_moe.kernels.decay_gradient import decay_gradient, new_sums
 from linear_moe.kernels.descriptors import describable
 from linear_moe.kernels.join import FROM_ZEROS, Starts, join
 from linear_moe.kernels.launch import launch_kernel
@@ -204,7 +204,7 @@ def _scan(
 
     `walked`: the pieces, all unless given.
 
-    Returns `[tiles, H, S]` float32, to be summed over tiles: <output, other> without each token's own pair; None without
+    Returns `[tiles, H, S]`, to be summed over tiles (`new_sums`): <output, other> without each token's own pair; None without
     `other`.
     """
     num_tokens, _, key_dim = q.shape
@@ -225,7 +225,7 @@ def _scan(
     tiles = cdiv(value_dim, value_tile)
     overlap = None
     if other is not None:
-        overlap = torch.empty(tiles, walk.heads, num_tokens, dtype=torch.float32, device=q.device)
+        overlap = new_sums(tiles, walk.heads, num_tokens, k.dtype, q.device)
     launch_kernel(
         scan_kernel,
         walked.num_pieces * walk.heads * tiles,
@@ -269,11 +269,11 @@ def _writes(
     walk: _Walk, q: Tensor, k: Tensor, v: Tensor, d_output: Tensor, dk: Tensor, dv: Tensor, starts: Starts,
     final: Tensor | None, *, scale: float, want_decay: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Fill `dk`, `dv` and, if given, `final`; returns `[1, H, S]` float32, <dv, v> without each token's own pair, if wanted."""
+    """Fill `dk`, `dv` and, if given, `final`; returns `[1, H, S]`, <dv, v> without each token's own pair, if wanted."""
     num_tokens, key_dim, value_dim = v.shape[0], k.shape[2], v.shape[2]
     written = None
     if want_decay:
-        written = torch.empty(1, walk.heads, num_tokens, dtype=torch.float32, device=v.device)
+        written = new_sums(1, walk.heads, num_tokens, k.dtype, v.device)
     ways = writes_ways(walk.kind, k.dtype, num_tokens / max(walk.splits.num_pieces, 1))
     for mild in ways:
         way = "mild" if mild else "any"

@@ -32,10 +32,12 @@ from linear_moe.kernels.blocks import (
     is_mild,
     load_rows,
     load_start,
+    product,
     rate_of,
     rows_left,
     state_offsets,
     store_rows,
+    sum_of_products,
     summed_decays,
     walk_at,
 )
@@ -129,7 +131,7 @@ def scan_kernel(
                 after = from_start if REVERSE else to_end
         if o_ptr is not None:
             q = load_rows(q_ptr, first, q_head, Q_HEADS, K, rows, keys, valid)
-            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            products = product(q, tl.trans(k), PRECISION)
             seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
             if DECAY == NO_DECAY:
                 products = tl.where(seen, products, 0.0)
@@ -140,22 +142,22 @@ def scan_kernel(
             if overlap_ptr is not None:
                 # A token's own pair crosses nothing.
                 other = load_rows(other_ptr, first, head // (HEADS // OTHER_HEADS), OTHER_HEADS, V, rows, values, valid)
-                met = tl.dot(other, tl.trans(v), input_precision=PRECISION)
+                met = product(other, tl.trans(v), PRECISION)
                 overlap = tl.sum(tl.where(rows[:, None] != rows[None, :], products * met, 0.0), 1)
-            o = tl.dot(q, state.to(dtype), input_precision=PRECISION)
+            o = product(q, state.to(dtype), PRECISION)
             if DECAY != NO_DECAY:
                 o *= before[:, None]
             if overlap_ptr is not None:
                 overlap += tl.sum(o * other.to(tl.float32), 1)
                 at = (tile * HEADS + head).to(tl.int64) * num_tokens + first + rows
                 tl.store(overlap_ptr + at, scale * overlap, mask=valid)
-            o = scale * tl.dot(products.to(dtype), v, acc=o, input_precision=PRECISION)
+            o = scale * sum_of_products(products.to(dtype), v, o, PRECISION)
             store_rows(o_ptr, o, first, head, HEADS, V, rows, values, valid)
         if DECAY != NO_DECAY:
             if o_ptr is not None:
                 state *= decay_of(total)
             v = (v.to(tl.float32) * after[:, None]).to(dtype)
-        state = tl.dot(tl.trans(k), v, acc=state, input_precision=PRECISION)
+        state = sum_of_products(tl.trans(k), v, state, PRECISION).to(tl.float32)
     if final_ptr is not None:
         tl.store(final_ptr + state_at, state_scale * state, mask=in_state)
     if total_ptr is not None:
@@ -244,8 +246,8 @@ def writes_kernel(
             else:
                 before = decay_between(total, summed)[:, None]
                 pairs = decay_where(seen, summed[None, :], summed[:, None])
-        asked = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        wanted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        asked = product(k, tl.trans(q), PRECISION)
+        wanted = product(v, tl.trans(do), PRECISION)
         if MILD:
             if DECAY != NO_DECAY:
                 state *= decay_of(total)
@@ -259,7 +261,7 @@ def writes_kernel(
         else:
             wanted *= pairs
         rounded = state.to(dtype)
-        dv = tl.dot(k, rounded, input_precision=PRECISION)
+        dv = product(k, rounded, PRECISION)
         if not MILD:
             dv *= before
         if written_ptr is not None:
@@ -267,15 +269,15 @@ def writes_kernel(
             if MILD:
                 written *= made
             tl.store(written_ptr + head.to(tl.int64) * num_tokens + first + rows, scale * written, mask=valid)
-        dv = tl.dot(asked.to(dtype), do, acc=dv, input_precision=PRECISION)
-        dk = tl.dot(v, tl.trans(rounded), input_precision=PRECISION)
+        dv = sum_of_products(asked.to(dtype), do, dv, PRECISION)
+        dk = product(v, tl.trans(rounded), PRECISION)
         if not MILD:
             dk *= before
-        dk = tl.dot(wanted.to(dtype), q, acc=dk, input_precision=PRECISION)
+        dk = sum_of_products(wanted.to(dtype), q, dk, PRECISION)
         if not MILD:
             state *= decay_of(total)
             do = (do.to(tl.float32) * after).to(dtype)
-        state = tl.dot(tl.trans(q), do, acc=state, input_precision=PRECISION)
+        state = sum_of_products(tl.trans(q), do, state, PRECISION).to(tl.float32)
         if MILD and DECAY != NO_DECAY:
             dv *= (scale * made)[:, None]
             dk *= (scale * made)[:, None]

@@ -25,7 +25,7 @@ from linear_moe.kernels.blocks import cdiv
 from linear_moe.kernels.splits import Ragged
 from linear_moe.rules.base import Tokens
 from linear_moe.rules.scan import scan
-from linear_moe.testing.budget import assert_within_budget, decay_gradient_terms
+from linear_moe.testing.budget import assert_within_budget, decay_gradient_terms, error_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
@@ -67,6 +67,8 @@ class Case:
     learns: bool = True
     """Whether gradients are wanted: without, inference's kernels run."""
     dtype: torch.dtype = torch.float32
+    seed: int = 0
+    """Of the numbers."""
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +122,7 @@ def draw(case: Case) -> dict[str, Tensor]:
     """Inputs in the case's dtype, gates and state in float32."""
     S, decay = case.num_tokens, case.form.decay
     # A case that hypothesis tries again is the same case.
-    torch.manual_seed(0)
+    torch.manual_seed(case.seed)
     with torch.device(DEVICE):
         inputs = {
             "q": torch.randn(S, case.key_heads, case.K),
@@ -220,6 +222,19 @@ def check(case: Case, inputs: Mapping[str, Tensor] | None = None, terms: Terms |
     if case.learns and case.form.decay is Decay.SCALAR:
         larger.setdefault("d_log_decay", decay_gradient_terms(inputs["v"], exact["d_v"], case.cu_seqlens))
     assert_within_budget(candidate, reference, exact, case.dtype, larger)
+
+
+def errors_beside_reference(case: Case, seeds: int) -> dict[str, float]:
+    """The kernels' errors as shares of the chunked form's in the same dtype, both summed over draws of the numbers."""
+    errors: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        inputs = draw(replace(case, seed=seed))
+        exact = results(chunked, case, inputs, torch.float64)
+        for budget in error_budget(results(kernels, case, inputs), results(chunked, case, inputs), exact):
+            both = errors.setdefault(budget.name, [0.0, 0.0])
+            both[0] += budget.error
+            both[1] += budget.reference_error
+    return {name: error / reference for name, (error, reference) in errors.items()}
 
 
 def check_compiled(case: Case) -> None:
