@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import re
 import shlex
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -27,20 +27,29 @@ def _with(language: str) -> list[Path]:
     return [page for page in PAGES if _blocks(page, language)]
 
 
-def _run(command: list[str], folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "COLUMNS": "200"}
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+_RUN = """
+import os, runpy, warnings, torch
+os.chdir({folder!r})
+torch.set_num_threads(1)
+warnings.simplefilter("error")
+# A module, so that dataclasses and pickles in a snippet find where they live.
+runpy.run_path("snippets.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> BaseContext:
+    """Processes that have imported what takes longer than most snippets run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["linear_moe.models", "linear_moe.training"])
+    return context
 
 
 @pytest.mark.parametrize("page", _with("python"), ids=lambda page: page.name)
-def test_python_snippets_run(page: Path, tmp_path: Path) -> None:
-    script = tmp_path / "snippets.py"
-    # A module, so that dataclasses and pickles in a snippet find where they live.
-    script.write_text("\n\n".join(_blocks(page, "python")), encoding="utf-8")
-    _run([sys.executable, str(script)], tmp_path)
+def test_python_snippets_run(page: Path, tmp_path: Path, imported: BaseContext) -> None:
+    (tmp_path / "snippets.py").write_text("\n\n".join(_blocks(page, "python")), encoding="utf-8")
+    with ProcessPoolExecutor(1, imported) as process:
+        process.submit(exec, _RUN.format(folder=str(tmp_path))).result(timeout=300)
 
 
 @pytest.mark.parametrize("page", _with("console"), ids=lambda page: page.name)

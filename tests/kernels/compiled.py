@@ -43,10 +43,11 @@ class Compiler:
     def __init__(self, threads: int, kernels: list[str] | None = None) -> None:
         self.pool = ThreadPoolExecutor(threads)
         self.kernels = kernels
+        self.passed_over: set[str] = set()
         self.made: dict[tuple[object, ...], Future[Any]] = {}
 
     def __call__(self, kernel: Any, grid: int, *arguments: Tensor | int | float | None, **options: Any) -> None:
-        if self.kernels is not None and kernel.__name__ not in self.kernels:
+        if kernel.__name__ in self.passed_over or (self.kernels is not None and kernel.__name__ not in self.kernels):
             return
         names = [parameter.name for parameter in kernel.params]
         given = dict(zip(names, arguments, strict=False)) | options
@@ -108,9 +109,15 @@ def scan(form: Recurrence, batch: int, length: int, dim: int, *, states: bool) -
 
 
 def compile_all(
-    rules: list[str], dims: list[int], shapes: list[str], threads: int, only: list[str] | None = None
+    rules: list[str],
+    dims: list[int],
+    shapes: list[str],
+    threads: int,
+    only: list[str] | None = None,
+    *,
+    once: bool = False,
 ) -> dict[tuple[object, ...], Future[Any]]:
-    """What the scans of these rules would launch, of all kernels or of some."""
+    """What the scans of these rules would launch, of all kernels or of some; `once`, of each the first width that has it."""
     # Pieces of these sequences are short for a launch for mild decays.
     scalar_scan.MILD_CHUNKS = 0
     compiler = Compiler(threads, only)
@@ -123,6 +130,8 @@ def compile_all(
         for dim in dims:
             for shape in shapes:
                 scan(form, *SHAPES[shape], dim, states=shape == "cut")
+            if once:
+                compiler.passed_over = {kernel.__name__ for kernel, *_ in compiler.made}  # type: ignore[attr-defined]
     compiler.pool.shutdown()
     return compiler.made
 
@@ -133,9 +142,12 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128, 256])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--kernels", nargs="*", help="all, if not given")
+    parser.add_argument("--once", action="store_true", help="each kernel of the first width alone that has it")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    made = compile_all(options.rules, options.head_dims, options.shapes, options.threads, options.kernels)
+    made = compile_all(
+        options.rules, options.head_dims, options.shapes, options.threads, options.kernels, once=options.once
+    )
     for (kernel, *_), future in made.items():
         shared = future.result().metadata.shared
         assert shared <= SHARED_MEMORY, f"{kernel.__name__} takes {shared} bytes of shared memory"  # type: ignore[attr-defined]
