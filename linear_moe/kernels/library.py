@@ -20,7 +20,8 @@ from linear_moe.kernels.splits import Ragged
 Tensors = tuple[Tensor, ...]
 
 NARROW_KEYS = 16
-"""Of fewer channels the delta rules' keys are computed with in float32."""
+"""Of fewer channels of keys, or of values, the delta rules are computed in float32."""
+NARROW_VALUES = 4
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -410,9 +411,10 @@ def scan(
         tensors (in a decay that is constant a head: not); the same input gives the same bits.
     """
     dtype = v.dtype
-    # Of what is erased from fewer keys the roundings of a chunk's 64 tokens meet in too few numbers for 16 bits. Nor would they
-    # fill a tensor core.
-    wide = torch.float32 if beta is not None and k.shape[2] < NARROW_KEYS else dtype
+    # Of what is erased from fewer keys the roundings of a chunk's 64 tokens meet in too few numbers for 16 bits, and of fewer
+    # values a strength's gradient is a sum of too few. Nor would they fill a tensor core.
+    narrow = beta is not None and (k.shape[2] < NARROW_KEYS or v.shape[2] < NARROW_VALUES)
+    wide = torch.float32 if narrow else dtype
     q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
     initial_state = None if initial_state is None else initial_state.contiguous()
     log_decay = None if log_decay is None else log_decay.float().contiguous()

@@ -290,20 +290,22 @@ def cases(draw: st.DrawFn, form: Recurrence, dtype: torch.dtype) -> Case:
     spare = draw(st.sampled_from([0, 0, 1, 5]))
     most = 36 if on_cpu else 256
     # Narrow keys are parallel keys, which the delta rules' tests have of their own: many writes meet in few numbers. Of 16 bits
-    # they are computed with in float32.
+    # they are computed with in float32, and few values, too.
     least = 1 if form.erase is Erase.NONE else library.NARROW_KEYS
     # Whole tiles are what most models have, and few of all numbers.
     tiles = st.sampled_from([16, 32] if on_cpu else [64, 128, 192, 256])
     keys = st.integers(least, most) | tiles
+    fewest = 1 if form.erase is Erase.NONE else library.NARROW_VALUES
     if form.erase is Erase.DELTA and dtype != torch.float32:
         keys |= st.integers(1, least - 1)
+        fewest = 1
     return Case(
         form,
         tuple(draw(st.lists(st.integers(0, 40 if on_cpu else 500), min_size=1, max_size=3))),
         heads,
         key_heads,
         K=draw(keys),
-        V=draw(st.integers(least // 4 or 1, most) | tiles),
+        V=draw(st.integers(fewest, most) | tiles),
         rate=draw(st.sampled_from([0.0, 0.05, 1.0, 13.8])),
         spare=spare,
         dense=spare == 0 and draw(st.booleans()),
