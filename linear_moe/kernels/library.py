@@ -20,8 +20,9 @@ from linear_moe.kernels.splits import Ragged
 Tensors = tuple[Tensor, ...]
 
 NARROW_KEYS = 16
-"""Of fewer channels of keys, or of values, the delta rules are computed in float32."""
+"""Of keys of fewer channels the delta rules are computed in float32."""
 NARROW_VALUES = 4
+"""So they are of values of fewer."""
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

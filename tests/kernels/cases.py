@@ -295,10 +295,12 @@ def cases(draw: st.DrawFn, form: Recurrence, dtype: torch.dtype) -> Case:
     # Whole tiles are what most models have, and few of all numbers.
     tiles = st.sampled_from([16, 32] if on_cpu else [64, 128, 192, 256])
     keys = st.integers(least, most) | tiles
-    fewest = 1 if form.erase is Erase.NONE else library.NARROW_VALUES
-    if form.erase is Erase.DELTA and dtype != torch.float32:
-        keys |= st.integers(1, least - 1)
-        fewest = 1
+    fewest = 1
+    if form.erase is Erase.DELTA:
+        if dtype == torch.float32:
+            fewest = library.NARROW_VALUES
+        else:
+            keys |= st.integers(1, least - 1)
     return Case(
         form,
         tuple(draw(st.lists(st.integers(0, 40 if on_cpu else 500), min_size=1, max_size=3))),

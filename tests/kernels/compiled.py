@@ -117,7 +117,10 @@ def compile_all(
     *,
     once: bool = False,
 ) -> dict[tuple[object, ...], Future[Any]]:
-    """What the scans of these rules would launch, of all kernels or of some; `once`, of each the first width that has it."""
+    """What the scans of these rules would launch, of all kernels or of some.
+
+    `once`: of each kernel for the first rule and width alone that have it.
+    """
     # Pieces of these sequences are short for a launch for mild decays.
     scalar_scan.MILD_CHUNKS = 0
     compiler = Compiler(threads, only)
@@ -142,7 +145,9 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128, 256])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--kernels", nargs="*", help="all, if not given")
-    parser.add_argument("--once", action="store_true", help="each kernel of the first width alone that has it")
+    parser.add_argument(
+        "--once", action="store_true", help="each kernel of the first rule and width alone that have it"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     made = compile_all(
