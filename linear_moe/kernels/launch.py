@@ -16,6 +16,9 @@ from triton.runtime.errors import OutOfResources
 
 TRITON_STAGES = 3
 """Of a kernel that is launched without a number of its own."""
+FUSION = {"enable_fp_fusion": True}
+"""Of every kernel: a product and a sum are rounded once, as in all that was measured. Unasked, releases of Triton differ in it,
+and some warn of that."""
 
 Key = tuple[object, ...]
 
@@ -38,7 +41,7 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
         kernel[(grid,)](*arguments, **options)
         return
     if getattr(_local, "compiling", False) and "num_warps" in options:
-        kernel.warmup(*arguments, grid=(grid,), **options)
+        kernel.warmup(*arguments, grid=(grid,), **options, **FUSION)
         return
     device = torch.cuda.current_device()
     key = (id(kernel), device, _specialization(arguments), tuple(options), tuple(options.values()))
@@ -64,7 +67,7 @@ def _launch_what_fits(
     """
     while True:
         try:
-            return kernel[(grid,)](*arguments, **options)
+            return kernel[(grid,)](*arguments, **options, **FUSION)
         except OutOfResources:
             stages = options.get("num_stages", TRITON_STAGES)
             if stages == 1:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linear_moe.kernels.launch import Launched
+from linear_moe.kernels.launch import FUSION, Launched
 
 MOST_THREADS = 16
 
@@ -49,4 +49,4 @@ def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
 
 
 def _compile(variant: Variant) -> None:
-    variant.kernel.warmup(*variant.arguments, grid=(1,), **dict(variant.options))
+    variant.kernel.warmup(*variant.arguments, grid=(1,), **dict(variant.options), **FUSION)

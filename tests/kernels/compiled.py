@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, compile
 from linear_moe import kernels
 from linear_moe.forms import Decay, Erase, Recurrence
 from linear_moe.kernels import library, scalar_scan
+from linear_moe.kernels.launch import FUSION
 from linear_moe.rules.registry import get_rule, rule_names
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -64,7 +65,7 @@ class Compiler:
             for name in names
             if name not in constants and (isinstance(given[name], Tensor) or given[name] % 16 == 0)
         }
-        launch = {name: value for name, value in options.items() if name not in names and value is not None}
+        launch = {name: value for name, value in options.items() if name not in names and value is not None} | FUSION
         key = (kernel, *(tuple(x.items()) for x in (signature, places, launch)), tuple(aligned))
         if key not in self.made:
             source = ASTSource(kernel, signature, places, aligned)

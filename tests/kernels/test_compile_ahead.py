@@ -19,7 +19,7 @@ from seeding import in_the_interpreter
 
 from linear_moe import MoMLayer
 from linear_moe.kernels import compile_ahead, mixing, operator, router_operator
-from linear_moe.kernels.launch import compiling, launch_kernel
+from linear_moe.kernels.launch import FUSION, compiling, launch_kernel
 
 
 class Kernel:
@@ -43,10 +43,10 @@ def test_a_launch_is_compiled_and_not_done(monkeypatch: pytest.MonkeyPatch) -> N
     kernel, x = Kernel(), torch.zeros(3)
     with compiling():
         launch_kernel(kernel, 5, x, 7, num_warps=4)
-        assert kernel.compiled == [((x, 7), {"grid": (5,), "num_warps": 4})] and not kernel.launched
+        assert kernel.compiled == [((x, 7), {"grid": (5,), "num_warps": 4} | FUSION)] and not kernel.launched
         # What others look up has to be there.
         launch_kernel(kernel, 2, x, 8)
-    assert kernel.launched == [((2,), (x, 8), {})]
+    assert kernel.launched == [((2,), (x, 8), FUSION)]
     launch_kernel(kernel, 5, x, 7, num_warps=4)
     assert len(kernel.launched) == 2 and len(kernel.compiled) == 1
 

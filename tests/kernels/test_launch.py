@@ -119,7 +119,8 @@ class Large:
         self.room, self.stages = room, list[int]()
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def run(*arguments: Any, num_stages: int = launch.TRITON_STAGES) -> Kernel:
+        def run(*arguments: Any, enable_fp_fusion: bool, num_stages: int = launch.TRITON_STAGES) -> Kernel:
+            assert enable_fp_fusion, "it is asked for, whatever this Triton does by itself"
             if 50 * num_stages > self.room:
                 raise OutOfResources(50 * num_stages, self.room, "shared memory")
             self.stages.append(num_stages)
