@@ -7,14 +7,17 @@ against the path of any length (`any length` below), in float64. Then, each as a
 replayed with cold caches; `stack` is a step of many layers with weights and states of their own, by layer, as in a model.
 `eager` is launched from Python call by call. The floor is the time in which 3.0 TB/s read the weights of the memories that were
 picked, and read and write the states that were.
+
+`--tune` times the kernel between the projections and the recurrence alone instead, with other launch parameters than its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,8 @@ from measuring import captured, median_ms, provenance, write_rows
 from torch import Tensor, nn
 
 from linear_moe import MemoryLayer, MoMLayer
+from linear_moe.kernels import decode_tokens
+from linear_moe.kernels.launch import Launched, recorded
 from linear_moe.layers import recurrent_mixer
 from linear_moe.layers.state import MemoryState
 from linear_moe.testing.budget import error_budget
@@ -35,6 +40,9 @@ BATCHES = (1, 16, 64)
 CHECKED_TOKENS = 8
 MOST_STATES = 20e9
 """Bytes of a stack's states: of many memories there are fewer layers."""
+TUNED_CHANNELS, TUNED_PER_WARP = (128, 256, 512, 1024), (64, 128, 256)
+COLD_COPIES = 16
+"""Of a kernel's tensors, one after another, so that few are found in a cache."""
 
 
 class Case(NamedTuple):
@@ -171,17 +179,75 @@ def measure(case: Case, batch: int, layers: int, show: int) -> dict[str, object]
     return row
 
 
+def cold_us(launches: list[Launched]) -> float:
+    """Microseconds of some launches, each on tensors that lie apart."""
+    apart = [
+        each._replace(arguments=tuple(x.clone() if isinstance(x, Tensor) else x for x in each.arguments))
+        for _ in range(COLD_COPIES)
+        for each in launches
+    ]
+
+    def all_of_them() -> None:
+        for each in apart:
+            each.again()
+
+    return 1e3 * median_ms(captured(all_of_them).replay) / COLD_COPIES
+
+
+def tuned(case: Case, batch: int) -> list[dict[str, Any]]:
+    """What `decode_tokens` takes with each launch of the grid, its own among them."""
+    layer, x = build(case), tokens_of(batch, 1)
+    state, own, rows = layer.new_state(batch), (decode_tokens.MADE, decode_tokens.COPIED), []
+    for channels, per_warp in itertools.product(TUNED_CHANNELS, TUNED_PER_WARP):
+        decode_tokens.MADE = decode_tokens.COPIED = decode_tokens.Launch(channels, per_warp)
+        decode_tokens._tiling.cache_clear()
+        try:
+            with recorded(decode_tokens._tokens_kernel) as launches:
+                layer(x, state=state)
+            us = round(cold_us(launches), 2)
+        finally:
+            decode_tokens.MADE, decode_tokens.COPIED = own
+            decode_tokens._tiling.cache_clear()
+        rows.append(
+            {
+                "case": str(case),
+                "batch": batch,
+                "channels": channels,
+                "channels_per_warp": per_warp,
+                "us": us,
+                "L2": "overwritten",
+            }
+        )
+    return rows
+
+
+def tune(cases: Iterable[Case], batches: Iterable[int], output: Path) -> None:
+    """Time the grid, and print the fastest three of each case."""
+    shared, rows = provenance(), []
+    for case, batch in itertools.product(cases, batches):
+        made = tuned(case, batch)
+        for row in sorted(made, key=lambda row: row["us"])[:3]:
+            print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
+        rows += [row | shared for row in made]
+        write_rows(output, rows)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "decoding.csv")
+    parser.add_argument("--output", type=Path, help="decoding.csv among the results, or decode_tokens.csv")
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)), help="by number")
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
     parser.add_argument("--layers", type=int, default=12, help="of a stack")
     parser.add_argument("--show", type=int, default=0, help="kernels to list for each case")
+    parser.add_argument("--tune", action="store_true", help="time launches of decode_tokens instead")
     arguments = parser.parse_args()
+    output = arguments.output or HERE / "results" / ("decode_tokens.csv" if arguments.tune else "decoding.csv")
     if not torch.cuda.is_available():
         sys.exit("decoding.py times kernels on a GPU: it needs a CUDA device")
+    if arguments.tune:
+        tune([CASES[index] for index in arguments.cases], arguments.batches, output)
+        return
     shared = provenance()
     rows: list[dict[str, object]] = []
     for index in arguments.cases:
@@ -194,7 +260,7 @@ def main() -> None:
                 continue
             rows.append(measure(case, batch, arguments.layers, arguments.show) | shared)
             print(*(f"{name} {value}" for name, value in rows[-1].items() if name not in shared), sep="  ", flush=True)
-            write_rows(arguments.output, rows)
+            write_rows(output, rows)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,10 @@ class Launch(NamedTuple):
     channels_per_warp: int
 
 
-# Nothing here is measured on a GPU yet. Derived: a thread has 4 channels, so that three slots' 9,216 channels are 36 programs
-# whose loads are all issued at once. Of 64 sequences it moves 10 MB, beside the 400 MB of their states.
-LAUNCH = Launch(channels=256, channels_per_warp=128)
+# Measured on an H200 (benchmarks/results/decode_tokens.csv), us of 64 sequences: channels that are convolved or normed took 5.7
+# with two a thread, 6.2 with four and 8.6 with eight. Where all are copied, tiles of 256 channels took 2.5, of 1,024 2.0.
+MADE = Launch(channels=256, channels_per_warp=64)
+COPIED = Launch(channels=1024, channels_per_warp=256)
 
 
 class Part(NamedTuple):
@@ -237,21 +238,23 @@ def _tokens_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _tiling(parts: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], int, int]:
-    """Of the parts' fields, one after another: a row for each part, the tiles of a slot, and the channels of a tile at most.
+def _tiling(parts: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], int, int, int]:
+    """Of the parts' fields, one after another: a row for each part, the tiles of a slot, the channels of a tile at most, and
+    its warps.
 
     A row is the part's first tile and the one behind its last, where its output starts (in numbers a slot), the fields, and
     the channels of its tiles: a norm needs its head in one.
     """
     each = [Part(bool(by_token), *rest) for by_token, *rest in zip(*[iter(parts)] * len(Part._fields), strict=True)]
-    block = block_of(max(part.head or min(part.width, LAUNCH.channels) for part in each))
+    launch = COPIED if all(part.channel < 0 and not part.head for part in each) else MADE
+    block = block_of(max(part.head or min(part.width, launch.channels) for part in each))
     table, first, start = [], 0, 0
     for part in each:
         tile = part.head or block
         last = first + cdiv(part.width, tile)
         table.append((first, last, start, *(int(field) for field in part), tile))
         first, start = last, start + part.width
-    return tuple(table), first, block
+    return tuple(table), first, block, max(1, block // launch.channels_per_warp)
 
 
 def _flat(parts: Sequence[Part]) -> list[int]:
@@ -293,7 +296,7 @@ def _make_tokens(
     num_slots = _num_slots(memory_columns, token_columns, memory)
     made = _room(columns, num_slots, sum(parts[2 :: len(Part._fields)]), decay, strength, heads)
     if num_slots:
-        table, tiles, block = _tiling(tuple(parts))
+        table, tiles, block, num_warps = _tiling(tuple(parts))
         gates = int(bool(decay or strength))
         flat, rows, log_decay, beta = made
         with torch.cuda.device_of(columns):
@@ -330,7 +333,7 @@ def _make_tokens(
                 DECAY=tuple(decay) or None,
                 STRENGTH=tuple(strength) or None,
                 GATES=gates,
-                num_warps=max(1, block // LAUNCH.channels_per_warp),
+                num_warps=num_warps,
             )
     return made  # type: ignore[return-value]
 

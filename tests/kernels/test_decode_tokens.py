@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from linear_moe.kernels import decode_tokens
-from linear_moe.kernels.decode_tokens import LAUNCH, Conv, Gate, Gates, Part
+from linear_moe.kernels.decode_tokens import COPIED, MADE, Conv, Gate, Gates, Part
 from linear_moe.testing.budget import assert_within_budget
 
 
@@ -243,9 +243,10 @@ def test_drawn_calls_are_within_the_budget(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case((Kind(width=2 * LAUNCH.channels + 3), Kind(width=LAUNCH.channels, by_token=True)), tokens=1),
+        Case((Kind(width=2 * MADE.channels + 3), Kind(width=MADE.channels, by_token=True)), tokens=1),
         Case((Kind(width=512, head=256), Kind(width=300)), tokens=1),
-        Case((Kind(width=6, head=3), Kind(width=LAUNCH.channels + 1, conv=False)), tokens=2),
+        Case((Kind(width=6, head=3), Kind(width=MADE.channels + 1, conv=False)), tokens=2),
+        Case((Kind(width=COPIED.channels + 1, conv=False), Kind(by_token=True, conv=False)), tokens=2),
         Case((Kind(by_token=True),), gates="none", tokens=2),
         Case((Kind(),), gates="strength", gates_by_token=True),
     ],
