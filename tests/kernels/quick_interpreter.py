@@ -5,10 +5,11 @@ Kernels are the same, and so is every number. The names are the interpreter's ow
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy
@@ -17,22 +18,47 @@ from triton.runtime import interpreter
 
 def install() -> None:
     """For every kernel that this process runs from now on."""
-    _replace_language_once_a_launch()
+    _rewrite_what_is_alike_once()
+    _replace_language_once()
     _look_up_dtypes_once()
     _make_shapes_once()
     _call_builtins_at_once()
     _compute_with_what_is_alike()
+    _shape_at_once()
     # Every sum of integers is made again in 64 bits, to see whether 32 were enough. Of tests' sizes they are.
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     # What NumPy made has numbers of its dtype's size.
     interpreter.TensorHandle.__post_init__ = lambda self: None  # type: ignore[method-assign]
 
 
-def _replace_language_once_a_launch() -> None:
-    """The interpreter puts functions of its own in the language's place when a kernel begins, and at every call of another
-    function again, where they are already: it goes through hundreds of names to find none that is left to replace.
+def _rewrite_what_is_alike_once() -> None:
+    """A function is read, parsed and rewritten before it is first run, as often as its module is loaded. Functions that Python
+    compiles to the same are rewritten to the same.
     """
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    rewriter = interpreter.FunctionRewriter
+    rewrite, rewritten = rewriter.rewrite_ast, dict[CodeType, CodeType]()
+
+    def rewrite_once(self: Any) -> Any:
+        return run(self, rewritten[self.fn.__code__]) if self.fn.__code__ in rewritten else rewrite(self)
+
+    def compile_and_keep(self: Any, tree: ast.Module) -> Any:
+        code = rewritten[self.fn.__code__] = compile(tree, filename=self.filename, mode="exec")
+        return run(self, code)
+
+    def run(self: Any, code: CodeType) -> Any:
+        names, made = self.fn.__globals__, dict(self.kwargs)
+        names.update({name: value for name, value in vars(interpreter).items() if name not in names})
+        exec(code, names, made)
+        return made[self.fn.__name__]
+
+    rewriter.rewrite_ast, rewriter._compile_and_exec = rewrite_once, compile_and_keep
+
+
+def _replace_language_once() -> None:
+    """The interpreter puts functions of its own in the language's place when a kernel begins, and at every call of another
+    function again, where they are already, and takes them away when it ends. Here they stay.
+    """
+    patch = interpreter._patch_lang
     languages_of: dict[FunctionType, frozenset[str]] = {}
     replaced: set[str] = set()
 
@@ -41,17 +67,13 @@ def _replace_language_once_a_launch() -> None:
         if languages is None:
             known = [x for x in function.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core]
             languages = languages_of[function] = frozenset(x.__name__ for x in known)
-        if languages and languages <= replaced:
-            return interpreter._LangPatchScope()
-        replaced.update(languages)
-        return patch(function)
+        if not languages <= replaced or not replaced:
+            replaced.update(languages)
+            patch(function)
+        # What would be put back when a launch ends.
+        return interpreter._LangPatchScope()
 
-    def launch_anew(*arguments: Any, **options: Any) -> None:
-        # At its end a launch puts the language back.
-        replaced.clear()
-        launch(*arguments, **options)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+    interpreter._patch_lang = patch_once
 
 
 def _look_up_dtypes_once() -> None:
@@ -78,12 +100,12 @@ def _make_shapes_once() -> None:
         if sizes not in shapes:
             make_type(self, element_ty, shape)
             shapes[sizes] = (self.shape, self.numel, str(self.shape))
-        self.element_ty = element_ty
+        self.element_ty, self.sizes = element_ty, sizes
         self.shape, self.numel, name = shapes[sizes]
         self.name = f"<{name}, {element_ty}>"
 
     def begin_tensor(self: Any, handle: Any, type: Any) -> None:
-        sizes = tuple(type.shape.values) if type.is_block() else ()
+        sizes = type.sizes if type.is_block() else ()
         if sizes not in of_tensors:
             make_tensor(self, handle, type)
             of_tensors[sizes] = (self.shape, self.numel)
@@ -98,10 +120,14 @@ def _call_builtins_at_once() -> None:
     it is a constant. And at every launch all names of the language are gone through to find which are builtins.
     """
     core, unwrap = interpreter.tl.core, interpreter.tl.core._unwrap_if_constexpr
-    plain = {core.tensor, int, float, bool, str, type(None)}
+    wraps = (list, tuple, core.tuple, core.constexpr)
+    is_plain: dict[type, bool] = {}
 
     def unwrapped(x: Any) -> Any:
-        return x if type(x) in plain else x.value if type(x) is core.constexpr else unwrap(x)
+        kind = type(x)
+        if kind not in is_plain:
+            is_plain[kind] = not issubclass(kind, wraps)
+        return x if is_plain[kind] else x.value if kind is core.constexpr else unwrap(x)
 
     def direct(member: Any) -> Callable[..., Any]:
         function = getattr(member, "__wrapped__", member)
@@ -124,37 +150,54 @@ def _call_builtins_at_once() -> None:
     core._unwrap_if_constexpr, interpreter._patch_builtin = unwrapped, patch_builtins
 
 
+def _tile_maker() -> Callable[[Any, Any], Any]:
+    """Of a tile's numbers and their dtype."""
+    core = interpreter.tl.core
+    types: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+    def made(data: Any, dtype: Any) -> Any:
+        key = (dtype.name, data.shape)
+        if key not in types:
+            types[key] = core.block_type(dtype, [*data.shape])
+        return core.tensor(interpreter.TensorHandle(data, dtype), types[key])
+
+    return made
+
+
 def _compute_with_what_is_alike() -> None:
     """Of a sum the interpreter asks for two types in a dozen ways, and makes of a number a tile, which is cast and broadcast.
     What NumPy makes of tiles and numbers of one kind, or of integers of 32 and of 64 bits, is the same at once.
     """
-    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
+    core, semantic, made = interpreter.tl.core, interpreter.interpreter_semantic, _tile_maker()
     integers, floats = (core.int32, core.int64), (core.float32, core.float64)
     of_both = {(x.name, x.name): x for x in (*integers, *floats)}
     of_both |= {(x.name, y.name): core.int64 for x in integers for y in integers if x is not y}
     of_number = {(x.name, int): x for x in (*integers, *floats)} | {(x.name, float): x for x in floats}
     of_masks = {("int1", "int1"): core.int1}
 
-    def kind_of(x: Any, y: Any, both: Any, number: Any) -> Any:
-        """The dtype in which NumPy computes with x and y as the interpreter does, if it does."""
-        if type(x) is core.tensor:
-            if type(y) is core.tensor:
-                return both.get((x.dtype.name, y.dtype.name))
-            return number.get((x.dtype.name, type(y))) if type(y) is float or abs(y) < 2**31 else None
-        return kind_of(y, x, both, number) if type(y) is core.tensor else None
+    def quicken(name: str, compute: Callable[[Any, Any], Any], both: Any, number: Any, result: Any = None) -> None:
+        slow, tensor = getattr(semantic, name), core.tensor
 
-    def quicken(name: str, compute: Callable[[Any, Any], Any], both: Any, number: Any, made: Any = None) -> None:
-        slow = getattr(semantic, name)
+        def kind_with_number(x: Any, y: Any) -> Any:
+            """The dtype in which NumPy computes with a tile and a number as the interpreter does, if it does."""
+            return number.get((x.dtype.name, type(y))) if type(y) is float or abs(y) < 2**31 else None
 
         def quick(x: Any, y: Any, *rest: Any, **options: Any) -> Any:
-            dtype = kind_of(x, y, both, number)
+            if type(x) is tensor:
+                of_x, block = x.handle.data, x.type.is_block()
+                if type(y) is tensor:
+                    of_y, block = y.handle.data, block or y.type.is_block()
+                    dtype = both.get((x.dtype.name, y.dtype.name))
+                else:
+                    of_y, dtype = y, kind_with_number(x, y)
+            elif type(y) is tensor:
+                of_x, of_y, block, dtype = x, y.handle.data, y.type.is_block(), kind_with_number(y, x)
+            else:
+                dtype = None
             if dtype is None:
                 return slow(x, y, *rest, **options)
-            tiles = [z for z in (x, y) if type(z) is core.tensor]
-            data = compute(*(z.handle.data if type(z) is core.tensor else z for z in (x, y)))
-            dtype = made or dtype
-            type_of = core.block_type(dtype, [*data.shape]) if any(z.type.is_block() for z in tiles) else dtype
-            return core.tensor(interpreter.TensorHandle(data, dtype), type_of)
+            data, dtype = compute(of_x, of_y), result or dtype
+            return made(data, dtype) if block else tensor(interpreter.TensorHandle(data, dtype), dtype)
 
         setattr(semantic, name, quick)
 
@@ -172,3 +215,61 @@ def _compute_with_what_is_alike() -> None:
     for name, compute in comparisons.items():
         quicken(name, compute, of_both, of_number, core.int1)
     quicken("and_", numpy.logical_and, of_masks, {})
+
+
+def _shape_at_once() -> None:
+    """Shapes of two tiles are compared number by number, as constants of the language, where they are one; and a pointer and
+    its offsets are made tiles of one shape before they are added, which NumPy does by itself.
+    """
+    core, semantic, made = interpreter.tl.core, interpreter.interpreter_semantic, _tile_maker()
+    slow_broadcast, slow_expand, slow_cast, slow_add = (
+        getattr(semantic, name) for name in ("broadcast_impl_value", "expand_dims", "cast", "add")
+    )
+    offsets = (core.int32, core.int64)
+    casts = {("fp32", "fp64"), ("fp64", "fp32"), ("int32", "int64")}
+
+    def broadcast(x: Any, y: Any) -> Any:
+        blocks = [z.type.is_block() for z in (x, y)]
+        # One shape is one object.
+        if x.type.shape is y.type.shape if all(blocks) else not any(blocks):
+            return x, y
+        try:
+            shape = numpy.broadcast_shapes(
+                *(z.handle.data.shape for z, block in zip((x, y), blocks, strict=True) if block)
+            )
+        except ValueError:
+            return slow_broadcast(x, y)
+        return tuple(
+            z
+            if block and z.handle.data.shape == shape
+            else made(numpy.full(shape, z.handle.data, z.handle.data.dtype), z.type.scalar)
+            for z, block in zip((x, y), blocks, strict=True)
+        )
+
+    def expand(x: Any, axis: int) -> Any:
+        if not x.type.is_block() or not 0 <= axis <= x.handle.data.ndim:
+            return slow_expand(x, axis)
+        shape = x.handle.data.shape
+        return made(x.handle.data.reshape(*shape[:axis], 1, *shape[axis:]), x.dtype)
+
+    def cast(x: Any, dtype: Any, *rest: Any, **options: Any) -> Any:
+        old, new = x.dtype, dtype.scalar
+        if old is new:
+            return x
+        if (old.name, new.name) in casts and x.type.is_block():
+            return made(x.handle.data.astype(interpreter._get_np_dtype(new)), new)
+        return slow_cast(x, dtype, *rest, **options)
+
+    def add(x: Any, y: Any, *rest: Any, **options: Any) -> Any:
+        if not (type(x) is type(y) is core.tensor and type(x.dtype) is core.pointer_type and y.dtype in offsets):
+            return slow_add(x, y, *rest, **options)
+        width = max(1, x.dtype.element_ty.primitive_bitwidth // 8)
+        try:
+            data = x.handle.data + width * y.handle.data.astype(numpy.uint64)
+        except ValueError:
+            return slow_add(x, y, *rest, **options)
+        if x.type.is_block() or y.type.is_block():
+            return made(data, x.dtype)
+        return core.tensor(interpreter.TensorHandle(data, x.dtype), x.type)
+
+    semantic.broadcast_impl_value, semantic.expand_dims, semantic.cast, semantic.add = broadcast, expand, cast, add

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from types import FunctionType
 from typing import Any
 
 import numpy
@@ -14,6 +15,9 @@ from triton.runtime import interpreter
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 
+PLAIN = TritonSemantic(interpreter.interpreter_builder)
+"""What Triton itself makes."""
+QUICK = interpreter.interpreter_semantic
 NAMES = ("add", "sub", "mul", "less_than", "less_equal", "greater_than", "greater_equal", "equal", "not_equal")
 DTYPES = {core.int32: "int32", core.int64: "int64", core.float32: "float32", core.float64: "float64"}
 SHAPES = ((), (8,), (4, 8), (4, 1), (1, 8))
@@ -40,8 +44,8 @@ def outcome(compute: Any, *given: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_made_of_tiles_and_numbers_is_the_same(name: str) -> None:
-    slow, quick = getattr(TritonSemantic, name), getattr(interpreter.interpreter_semantic, name)
-    assert name in vars(interpreter.interpreter_semantic), "the quick one is not installed"
+    slow, quick = getattr(PLAIN, name), getattr(QUICK, name)
+    assert name in vars(QUICK) and name not in vars(PLAIN), "the quick one is not installed"
     numbers = (3, -6, 0, 2.5, True, 2**31 - 1, 2**31, -(2**40))
     more = (False,) if name in ("add", "sub", "mul") else ()
     pairs = [
@@ -51,8 +55,57 @@ def test_what_is_made_of_tiles_and_numbers_is_the_same(name: str) -> None:
     ]
     with numpy.errstate(all="ignore"):
         for x, y in pairs:
-            expected = outcome(slow, interpreter.interpreter_semantic, x, y, *more)
+            expected = outcome(slow, x, y, *more)
             assert outcome(quick, x, y, *more) == expected, (name, x, y)
+
+
+def test_casts_are_the_same() -> None:
+    for x, dtype in itertools.product(tiles(), (*DTYPES, core.float16, core.int1)):
+        assert outcome(QUICK.cast, x, dtype) == outcome(PLAIN.cast, x, dtype), (x, dtype)
+
+
+def test_dimensions_are_put_in_as_before() -> None:
+    for x, axis in itertools.product(tiles(), range(-1, 4)):
+        assert outcome(QUICK.expand_dims, x, axis) == outcome(PLAIN.expand_dims, x, axis), (
+            x,
+            axis,
+        )
+
+
+def test_two_are_made_of_one_shape_as_before() -> None:
+    for x, y in itertools.product(tiles(), tiles()):
+        for which in (0, 1):
+            expected = outcome(lambda *pair: PLAIN.broadcast_impl_value(*pair)[which], x, y)  # noqa: B023
+            assert outcome(lambda *pair: QUICK.broadcast_impl_value(*pair)[which], x, y) == expected  # noqa: B023
+
+
+def test_pointers_move_as_before() -> None:
+    pointers = [
+        tile(shape, core.pointer_type(dtype), "uint64")
+        for shape in SHAPES
+        for dtype in (core.int1, core.float16, core.float32, core.float64)
+    ]
+    with numpy.errstate(all="ignore"):
+        for x, y in [*itertools.product(pointers, [*tiles(), 3, -6]), *itertools.product(tiles(), pointers)]:
+            expected = outcome(PLAIN.add, x, y, False)
+            assert outcome(QUICK.add, x, y, False) == expected, (x, y)
+
+
+def test_functions_that_are_compiled_to_the_same_run_on_names_of_their_own() -> None:
+    """One is rewritten, and each finds what its own module has."""
+
+    def run(factor: int) -> int:
+        found: list[int] = []
+        names = {"factor": factor, "keep": found.append, "interpreter": interpreter, "__name__": "names"}
+        function = FunctionType(scaled.__code__, names, "scaled")
+        interpreter.InterpretedFunction(function).rewrite()(2)
+        return found[0]
+
+    assert [run(3), run(5)] == [6, 10]
+
+
+def scaled(x: int) -> None:
+    keep(factor * x)  # type: ignore[name-defined]  # noqa: F821
 
 
 def test_masks_meet_as_before() -> None:
@@ -60,5 +113,4 @@ def test_masks_meet_as_before() -> None:
         core.tensor(interpreter.TensorHandle(numpy.arange(8) % step == 0, core.int1), core.block_type(core.int1, [8]))
         for step in (2, 3)
     ]
-    semantic = interpreter.interpreter_semantic
-    assert outcome(semantic.and_, *masks) == outcome(TritonSemantic.and_, semantic, *masks)
+    assert outcome(QUICK.and_, *masks) == outcome(PLAIN.and_, *masks)
