@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from linear_moe.rules.base import UpdateRule
-from linear_moe.testing.laws import Case, Law, LawBroken, Sizes
+from linear_moe.testing.laws import Case, Law, LawBroken, Sizes, seeded
 from linear_moe.testing.layer_laws import LAYER_LAWS
 from linear_moe.testing.rule_laws import RULE_LAWS
 
@@ -123,8 +121,7 @@ def _search(law: Law, cases: SearchStrategy[Case], max_examples: int, seed: int)
 
     try:
         # Layers draw their first parameters from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             attempt()
     except LawBroken as broken:
         # Without hypothesis's own notes: the message says it all.

@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_moe.layers.memory import MemoryLayer
 from linear_moe.layers.mom import MoMLayer
 from linear_moe.layers.state import MemoryState
-from linear_moe.testing.laws import Case, require, require_all_close, require_close
+from linear_moe.testing.laws import Case, require, require_all_close, require_close, seeded
 from linear_moe.testing.mom_reference import mom_reference
 
 Layer = MoMLayer | MemoryLayer
@@ -53,8 +53,7 @@ def _sizes(case: Case) -> dict[str, Any]:
 @torch.no_grad()
 def _stir(layer: Layer, case: Case) -> None:
     """Every parameter its own number, of a size that matters. A rule's own parameters stay as the rule starts them."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(case.seed)
+    with seeded(case.seed):
         layer.reset_parameters()
     for stream, (name, parameter) in enumerate(layer.named_parameters()):
         if name.startswith(("memory_weight", "token_weight", "second_stage", "router")):

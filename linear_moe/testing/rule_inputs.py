@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.rules.base import Tokens, UpdateRule
 from linear_moe.rules.scan import implementations, scan
-from linear_moe.testing.laws import Case
+from linear_moe.testing.laws import Case, seeded
 
 SMALLEST_DECAY = 1e-6
 """A token."""
@@ -132,8 +132,7 @@ def draw(case: Case, dtype: torch.dtype = torch.float64, *, as_tokens: bool = Fa
     for stream, (name, spec) in enumerate(rule.projections().items()):
         x = case.randn(total, spec.width, stream=stream)
         raw[name] = (F.silu(x) if spec.activation == "silu" else x).to(dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
+    with seeded(case.seed):
         parameters = {name: spec.init(spec.shape).to(wide) for name, spec in rule.parameters().items()}
     heads = rule.dims.num_value_heads
     positions = [torch.arange(length) for length in case.lengths]
