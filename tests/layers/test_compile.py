@@ -24,14 +24,9 @@ def _forget() -> Iterator[None]:
 
 # torch traces its autograd functions so.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
-    ("layer", "rule", "impl"),
-    [
-        ("a mixture", "gated_deltanet", "chunked"),
-        ("one memory", "gla", "chunked"),
-        ("a mixture", "gated_deltanet", "triton"),
-        ("one memory", "gated_deltanet", "triton"),
-    ],
+    ("rule", "impl"), [("gated_deltanet", "chunked"), ("gla", "chunked"), ("gated_deltanet", "triton")]
 )
 def test_a_layer_is_one_graph_and_the_same(layer: str, rule: str, impl: str) -> None:
     """Forward and backward; warnings are errors."""

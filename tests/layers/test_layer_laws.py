@@ -43,7 +43,7 @@ def cases(rule: str) -> st.SearchStrategy[Case]:
 @pytest.mark.parametrize("rule", rule_names())
 @pytest.mark.parametrize("law", LAYER_LAWS, ids=lambda law: law.name)
 def test_it_holds(law: Law, rule: str) -> None:
-    @settings(max_examples=4)
+    @settings(max_examples=6)
     @given(cases(rule))
     def holds(case: Case) -> None:
         law(case)
