@@ -15,6 +15,16 @@ from typing import Any
 import numpy
 from triton.runtime import interpreter
 
+_types: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+
+def _tile(data: Any, dtype: Any) -> Any:
+    """Of these numbers, of a dtype of the language."""
+    key = (dtype.name, data.shape)
+    if key not in _types:
+        _types[key] = interpreter.tl.core.block_type(dtype, [*data.shape])
+    return interpreter.tl.core.tensor(interpreter.TensorHandle(data, dtype), _types[key])
+
 
 def install() -> None:
     """For every kernel that this process runs from now on."""
@@ -150,25 +160,11 @@ def _call_builtins_at_once() -> None:
     core._unwrap_if_constexpr, interpreter._patch_builtin = unwrapped, patch_builtins
 
 
-def _tile_maker() -> Callable[[Any, Any], Any]:
-    """Of a tile's numbers and their dtype."""
-    core = interpreter.tl.core
-    types: dict[tuple[str, tuple[int, ...]], Any] = {}
-
-    def made(data: Any, dtype: Any) -> Any:
-        key = (dtype.name, data.shape)
-        if key not in types:
-            types[key] = core.block_type(dtype, [*data.shape])
-        return core.tensor(interpreter.TensorHandle(data, dtype), types[key])
-
-    return made
-
-
 def _compute_with_what_is_alike() -> None:
     """Of a sum the interpreter asks for two types in a dozen ways, and makes of a number a tile, which is cast and broadcast.
     What NumPy makes of tiles and numbers of one kind, or of integers of 32 and of 64 bits, is the same at once.
     """
-    core, semantic, made = interpreter.tl.core, interpreter.interpreter_semantic, _tile_maker()
+    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
     integers, floats = (core.int32, core.int64), (core.float32, core.float64)
     of_both = {(x.name, x.name): x for x in (*integers, *floats)}
     of_both |= {(x.name, y.name): core.int64 for x in integers for y in integers if x is not y}
@@ -197,7 +193,7 @@ def _compute_with_what_is_alike() -> None:
             if dtype is None:
                 return slow(x, y, *rest, **options)
             data, dtype = compute(of_x, of_y), result or dtype
-            return made(data, dtype) if block else tensor(interpreter.TensorHandle(data, dtype), dtype)
+            return _tile(data, dtype) if block else tensor(interpreter.TensorHandle(data, dtype), dtype)
 
         setattr(semantic, name, quick)
 
@@ -221,7 +217,7 @@ def _shape_at_once() -> None:
     """Shapes of two tiles are compared number by number, as constants of the language, where they are one; and a pointer and
     its offsets are made tiles of one shape before they are added, which NumPy does by itself.
     """
-    core, semantic, made = interpreter.tl.core, interpreter.interpreter_semantic, _tile_maker()
+    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
     slow_broadcast, slow_expand, slow_cast, slow_add = (
         getattr(semantic, name) for name in ("broadcast_impl_value", "expand_dims", "cast", "add")
     )
@@ -229,35 +225,32 @@ def _shape_at_once() -> None:
     casts = {("fp32", "fp64"), ("fp64", "fp32"), ("int32", "int64")}
 
     def broadcast(x: Any, y: Any) -> Any:
-        blocks = [z.type.is_block() for z in (x, y)]
-        # One shape is one object.
-        if x.type.shape is y.type.shape if all(blocks) else not any(blocks):
+        shapes = [z.handle.data.shape for z in (x, y) if z.type.is_block()]
+        if not shapes or shapes[1:] == shapes[:1]:
             return x, y
         try:
-            shape = numpy.broadcast_shapes(
-                *(z.handle.data.shape for z, block in zip((x, y), blocks, strict=True) if block)
-            )
+            shape = numpy.broadcast_shapes(*shapes)
         except ValueError:
             return slow_broadcast(x, y)
         return tuple(
             z
-            if block and z.handle.data.shape == shape
-            else made(numpy.full(shape, z.handle.data, z.handle.data.dtype), z.type.scalar)
-            for z, block in zip((x, y), blocks, strict=True)
+            if z.type.is_block() and z.handle.data.shape == shape
+            else _tile(numpy.full(shape, z.handle.data, z.handle.data.dtype), z.dtype)
+            for z in (x, y)
         )
 
     def expand(x: Any, axis: int) -> Any:
         if not x.type.is_block() or not 0 <= axis <= x.handle.data.ndim:
             return slow_expand(x, axis)
         shape = x.handle.data.shape
-        return made(x.handle.data.reshape(*shape[:axis], 1, *shape[axis:]), x.dtype)
+        return _tile(x.handle.data.reshape(*shape[:axis], 1, *shape[axis:]), x.dtype)
 
     def cast(x: Any, dtype: Any, *rest: Any, **options: Any) -> Any:
         old, new = x.dtype, dtype.scalar
         if old is new:
             return x
         if (old.name, new.name) in casts and x.type.is_block():
-            return made(x.handle.data.astype(interpreter._get_np_dtype(new)), new)
+            return _tile(x.handle.data.astype(interpreter._get_np_dtype(new)), new)
         return slow_cast(x, dtype, *rest, **options)
 
     def add(x: Any, y: Any, *rest: Any, **options: Any) -> Any:
@@ -269,7 +262,7 @@ def _shape_at_once() -> None:
         except ValueError:
             return slow_add(x, y, *rest, **options)
         if x.type.is_block() or y.type.is_block():
-            return made(data, x.dtype)
+            return _tile(data, x.dtype)
         return core.tensor(interpreter.TensorHandle(data, x.dtype), x.type)
 
     semantic.broadcast_impl_value, semantic.expand_dims, semantic.cast, semantic.add = broadcast, expand, cast, add

@@ -66,17 +66,15 @@ def test_casts_are_the_same() -> None:
 
 def test_dimensions_are_put_in_as_before() -> None:
     for x, axis in itertools.product(tiles(), range(-1, 4)):
-        assert outcome(QUICK.expand_dims, x, axis) == outcome(PLAIN.expand_dims, x, axis), (
-            x,
-            axis,
-        )
+        assert outcome(QUICK.expand_dims, x, axis) == outcome(PLAIN.expand_dims, x, axis), (x, axis)
 
 
 def test_two_are_made_of_one_shape_as_before() -> None:
-    for x, y in itertools.product(tiles(), tiles()):
-        for which in (0, 1):
-            expected = outcome(lambda *pair: PLAIN.broadcast_impl_value(*pair)[which], x, y)  # noqa: B023
-            assert outcome(lambda *pair: QUICK.broadcast_impl_value(*pair)[which], x, y) == expected  # noqa: B023
+    def one(semantic: TritonSemantic, x: core.tensor, y: core.tensor, which: int) -> core.tensor:
+        return semantic.broadcast_impl_value(x, y)[which]
+
+    for x, y, which in itertools.product(tiles(), tiles(), (0, 1)):
+        assert outcome(one, QUICK, x, y, which) == outcome(one, PLAIN, x, y, which), (x, y, which)
 
 
 def test_pointers_move_as_before() -> None:
@@ -96,7 +94,7 @@ def test_functions_that_are_compiled_to_the_same_run_on_names_of_their_own() -> 
 
     def run(factor: int) -> int:
         found: list[int] = []
-        names = {"factor": factor, "keep": found.append, "interpreter": interpreter, "__name__": "names"}
+        names = {"factor": factor, "keep": found.append}
         function = FunctionType(scaled.__code__, names, "scaled")
         interpreter.InterpretedFunction(function).rewrite()(2)
         return found[0]
