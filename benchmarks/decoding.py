@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from measuring import captured, median_ms, provenance, write_rows
@@ -197,27 +198,17 @@ def cold_us(launches: list[Launched]) -> float:
 def tuned(case: Case, batch: int) -> list[dict[str, Any]]:
     """What `decode_tokens` takes with each launch of the grid, its own among them."""
     layer, x = build(case), tokens_of(batch, 1)
-    state, own, rows = layer.new_state(batch), (decode_tokens.MADE, decode_tokens.COPIED), []
-    for channels, per_warp in itertools.product(TUNED_CHANNELS, TUNED_PER_WARP):
-        decode_tokens.MADE = decode_tokens.COPIED = decode_tokens.Launch(channels, per_warp)
+    state, rows = layer.new_state(batch), []
+    for launch in itertools.starmap(decode_tokens.Launch, itertools.product(TUNED_CHANNELS, TUNED_PER_WARP)):
+        # What was tiled for another launch is kept.
         decode_tokens._tiling.cache_clear()
-        try:
-            with recorded(decode_tokens._tokens_kernel) as launches:
-                layer(x, state=state)
-            us = round(cold_us(launches), 2)
-        finally:
-            decode_tokens.MADE, decode_tokens.COPIED = own
-            decode_tokens._tiling.cache_clear()
-        rows.append(
-            {
-                "case": str(case),
-                "batch": batch,
-                "channels": channels,
-                "channels_per_warp": per_warp,
-                "us": us,
-                "L2": "overwritten",
-            }
-        )
+        with (
+            mock.patch.multiple(decode_tokens, MADE=launch, COPIED=launch),
+            recorded(decode_tokens._tokens_kernel) as launches,
+        ):
+            layer(x, state=state)
+        us = round(cold_us(launches), 2)
+        rows.append({"case": str(case), "batch": batch, **launch._asdict(), "us": us, "L2": "overwritten"})
     return rows
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -71,23 +71,13 @@ def measure(part: Part, shape: object) -> dict[str, object]:
     }
 
 
-@contextmanager
-def launched(module: Any, value: object) -> Iterator[None]:
-    """Other launch parameters of a module."""
-    before, module.LAUNCH = module.LAUNCH, value
-    try:
-        yield
-    finally:
-        module.LAUNCH = before
-
-
 def fastest(parts: Mapping[str, Part], grids: Iterable[Grid]) -> list[dict[str, object]]:
     """Every entry of the grids, fastest first within a part."""
     rows = []
     for name, module, values in grids:
         times: list[tuple[float, object]] = []
         for value in values:
-            with launched(module, value):
+            with mock.patch.object(module, "LAUNCH", value):
                 time = captured(parts[name].ours)
             if time is not None:
                 times.append((time, value))
