@@ -308,6 +308,12 @@ def sigmoids(z):
     return tl.where(z >= 0, larger, smaller), tl.where(z >= 0, smaller, larger)
 
 
+@triton.constexpr_function
+def sum_dtype(PRECISION):
+    """In what is summed what a product of this precision adds to: `ieee`, of float32, in float64."""
+    return tl.float64 if PRECISION == "ieee" else tl.float32
+
+
 @triton.jit
 def product(x, y, PRECISION: tl.constexpr):
     """The product x y in float32; `ieee`: in float64, as `sum_of_products`."""

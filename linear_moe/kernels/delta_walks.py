@@ -41,6 +41,7 @@ from linear_moe.kernels.blocks import (
     rows_left,
     state_offsets,
     store_rows,
+    sum_dtype,
     sum_of_products,
     summed_decays,
     walk_at,
@@ -567,7 +568,7 @@ def gradients_kernel(
         known = scale * products_with_found(
             do_ptr, v_ptr, wrong_ptr, start, head, HEADS, V, rows, valid, tile * COLUMNS, NUM_TILES * COLUMNS, COLUMNS
         )
-    WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+    WIDE: tl.constexpr = sum_dtype(PRECISION)
     reads, erases = tl.zeros((CHUNK, CHUNK), WIDE), tl.zeros((CHUNK, CHUNK), WIDE)
     dq, erased, dk = (tl.zeros((CHUNK, TILE), WIDE),) * 3
     for first in range(0, V, COLUMNS):

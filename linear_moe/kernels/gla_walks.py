@@ -39,6 +39,7 @@ from linear_moe.kernels.blocks import (
     rows_left,
     state_offsets,
     store_rows,
+    sum_dtype,
     to_base_2,
     walk_at,
 )
@@ -327,7 +328,7 @@ def _summed_before(x, later, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
         total = tl.dot(pairs, low, acc=tl.dot(pairs, high))
     else:
         # In float64 where results are float32, as the decays are.
-        WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+        WIDE: tl.constexpr = sum_dtype(PRECISION)
         wide = x.to(WIDE)
         total = (tl.cumsum(wide, 0) - wide).to(tl.float32)
     return total

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_moe.kernels.blocks import block_of, cdiv, num_processors, sum_of_products
+from linear_moe.kernels.blocks import block_of, cdiv, num_processors, sum_dtype, sum_of_products
 from linear_moe.kernels.launch import launch_kernel
 from linear_moe.kernels.splits import Splits
 
@@ -172,7 +172,7 @@ def _join_affine_kernel(
     PRECISION: tl.constexpr,
 ):
     NUM_TILES: tl.constexpr = (V + TILE - 1) // TILE
-    WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
+    WIDE: tl.constexpr = sum_dtype(PRECISION)
     program = tl.program_id(0)
     values = (program % NUM_TILES) * TILE + tl.arange(0, TILE)
     head = (program // NUM_TILES) % HEADS

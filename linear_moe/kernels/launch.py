@@ -41,7 +41,7 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
         kernel[(grid,)](*arguments, **options)
         return
     if getattr(_local, "compiling", False) and "num_warps" in options:
-        kernel.warmup(*arguments, grid=(grid,), **options, **FUSION)
+        compile_kernel(kernel, grid, arguments, options)
         return
     device = torch.cuda.current_device()
     key = (id(kernel), device, _specialization(arguments), tuple(options), tuple(options.values()))
@@ -56,6 +56,11 @@ def launch_kernel(kernel: Any, grid: int, *arguments: Tensor | int | float | Non
             _compiled[key] = _Compiled(made, tuple([options[name] for name in constants]))
         return
     compiled.launch(grid, device, arguments)
+
+
+def compile_kernel(kernel: Any, grid: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Compile what `launch_kernel` would launch. Of tensors their dtypes will do."""
+    kernel.warmup(*arguments, grid=(grid,), **options, **FUSION)
 
 
 def _launch_what_fits(

@@ -37,6 +37,7 @@ from linear_moe.kernels.blocks import (
     rows_left,
     state_offsets,
     store_rows,
+    sum_dtype,
     sum_of_products,
     summed_decays,
     walk_at,
@@ -106,7 +107,7 @@ def scan_kernel(
     rate = rate_of(decay_ptr, head, DECAY, PRECISION)
     if o_ptr is None:
         tl.static_assert((initial_ptr is None) and (joined_ptr is None), "a state alone is of what a piece writes")
-        reach = tl.zeros((), tl.float64 if PRECISION == "ieee" else tl.float32)
+        reach = tl.zeros((), sum_dtype(PRECISION))
     BACKWARDS: tl.constexpr = (o_ptr is None) != REVERSE
 
     num_chunks = tl.cdiv(size, CHUNK)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linear_moe.kernels.launch import FUSION, Launched
+from linear_moe.kernels.launch import Launched, compile_kernel
 
 MOST_THREADS = 16
 
@@ -49,4 +49,4 @@ def compile_ahead(variants: Iterable[Variant], device: torch.device) -> None:
 
 
 def _compile(variant: Variant) -> None:
-    variant.kernel.warmup(*variant.arguments, grid=(1,), **dict(variant.options), **FUSION)
+    compile_kernel(variant.kernel, 1, variant.arguments, dict(variant.options))
