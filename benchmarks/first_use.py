@@ -100,7 +100,7 @@ def main() -> None:
     if options.child:
         print(pass_of(options.child, options.head_dims[0]))
         return
-    about = {**provenance(), "cores": os.cpu_count()}
+    about = {**provenance(), "cores": len(os.sched_getaffinity(0))}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     rows = []
     for head_dim in options.head_dims:
