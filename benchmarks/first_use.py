@@ -100,7 +100,10 @@ def main() -> None:
     if options.child:
         print(pass_of(options.child, options.head_dims[0]))
         return
-    about = {**provenance(), "cores": len(os.sched_getaffinity(0))}
+    # Its package takes half a second, which the children's time is not to have.
+    from linear_moe.training.demo.parallel import num_cores
+
+    about = {**provenance(), "cores": num_cores()}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     rows = []
     for head_dim in options.head_dims:
